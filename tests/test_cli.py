@@ -1,0 +1,273 @@
+"""The command line, end to end. A tiny random model, saved with its processor, takes the shipped one's place wherever that is enough."""
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, full_disk, make_tiny, picture, run_command
+from PIL import Image
+
+import dreamllm_edu.pretraining
+import dreamllm_edu.training
+from dreamllm_edu import data
+from dreamllm_edu.cli import main, parser
+from dreamllm_edu.documents import Document, document_from_markdown, read_jsonl, write_jsonl
+from dreamllm_edu.model import load_trained, mini
+from dreamllm_edu.tokenization import SPECIAL_TOKENS, encode_text
+from dreamllm_edu.training import Stage
+from test_bad_input import parts_folder
+
+COMMANDS = {"demo": ["--out", "--n"], "pretrain": ["tokenizer", "judge", "--steps"], "train": ["--parts", "--steps", "--seed"], "generate": ["--model", "--guidance-scale", "--max-pictures"],
+            "evaluate": ["--trained", "--n"]}
+QUICK = ["--num-inference-steps", "1", "--max-new-tokens", "6"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, trained, processor):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    trained.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def refused(arguments, capsys, *words):
+    """Exit status 1 and one line on standard error that holds `words`; returns the line."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 1
+    error = capsys.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("dreamllm-edu: ") and "Traceback" not in error and error.count("dreamllm-edu: ") == 1
+    assert len(error[error.index("dreamllm-edu: "):].strip().splitlines()) == 1, "the message must be one line"
+    for word in words:
+        assert word in line, line
+    return line
+
+
+# ---------------------------------------------------------------- help
+
+def test_help_reads_well_and_answers_at_once(tmp_path):
+    for command in ("", *COMMANDS):
+        began = time.process_time()
+        run = run_command(*([command] if command else []), "--help", cwd=tmp_path)
+        assert run.returncode == 0 and run.stderr == "" and run.stdout.startswith("usage: dreamllm-edu"), command
+        for word in COMMANDS.get(command, COMMANDS):
+            assert word in run.stdout, f"{command} --help does not tell of {word}"
+        assert "None)" not in run.stdout or "(default: None)" in run.stdout
+        assert time.process_time() - began < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_loads_no_heavy_library():
+    code = "import sys, dreamllm_edu.cli as c; c.parser().format_help(); assert not {'torch', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [[], ["dream"], ["generate"], ["pretrain", "everything"], ["train", "--scale", "huge"], ["train", "--steps", "1", "2"], ["train", "--steps", "1", "-2", "3"],
+                                       ["pretrain", "vae", "--steps", "0"], ["pretrain", "vae", "--steps", "x"], ["generate", "a.md", "--seed", "x"]], ids=" ".join)
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "usage: dreamllm-edu" in capsys.readouterr().err
+
+
+def test_defaults_are_the_documented_ones():
+    args = parser().parse_args(["generate", "-"])
+    assert (args.model, args.max_pictures, args.temperature, args.seed) == ("mini", 4, 0.0, 0)
+
+
+# ---------------------------------------------------------------- generate
+
+def test_generate_end_to_end(tmp_path, model):
+    """In a process of its own, from a strange folder: Markdown with a picture, a wish and an escaped marker in, JSONL out."""
+    picture(1).save(tmp_path / "cat.png")
+    (tmp_path / "prompt.md").write_text("cat: ![a cat](cat.png) a \\<dream> typed, and one wished: <dream>dog:", encoding="utf8")
+    run = run_command("generate", "prompt.md", "--model", model, "--out", "deep/out.jsonl", "--seed", "3", *QUICK, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (document,) = read_jsonl(tmp_path / "deep" / "out.jsonl")
+    assert [type(p) is str for p in document.parts[:5]] == [True, False, True, False, True] and document.given == 5
+    assert document.parts[0] == "cat: " and document.parts[2] == " a <dream> typed, and one wished: " and document.parts[4] == "dog:"
+    assert document.parts[1].tobytes() == picture(1).tobytes() and document.parts[3].size == (64, 64)
+    assert len(document.parts) > 5, "after `dog:` the tiny model goes on by itself"
+    assert "[picture]" in run.stdout and "deep/out.jsonl" in run.stdout and "Traceback" not in run.stderr
+    again = run_command("generate", "deep/out.jsonl", "--model", model, "--out", "page.html", *QUICK, cwd=tmp_path)
+    assert again.returncode == 0 and (tmp_path / "page.html").read_text().count("<img ") >= 2, "what it writes, it can read and continue"
+
+
+def test_generate_from_standard_input(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("cat:<dream>"))
+    assert main(["generate", "-", "--model", str(model), "--out", str(tmp_path / "out.md"), *QUICK]) == 0
+    document = document_from_markdown((tmp_path / "out.md").read_text(encoding="utf8"))
+    assert document.parts[0] == "cat:" and len(document.pictures) >= 1
+
+
+def test_generate_is_repeatable_and_follows_its_options(tmp_path, model, capsys):
+    write_jsonl([Document(["cat:"]), Document(["dog:"])], tmp_path / "in.jsonl")
+    def ask(*options):
+        assert main(["generate", str(tmp_path / "in.jsonl"), "--model", str(model), "--out", str(tmp_path / "o.jsonl"), "--num-inference-steps", "1", *options]) == 0
+        return read_jsonl(tmp_path / "o.jsonl")
+    one = ask("--max-new-tokens", "8")
+    assert one == ask("--max-new-tokens", "8") != ask("--max-new-tokens", "8", "--seed", "5")
+    assert sum(len(d.pictures) for d in one) >= 1 and not any(d.pictures for d in ask("--max-new-tokens", "8", "--max-pictures", "0"))
+    assert [d.parts for d in ask("--max-new-tokens", "0")] == [["cat:"], ["dog:"]]
+
+
+BAD_DOCUMENTS = {"gone.md": (None, "no such file"), "empty.md": (b"", "empty"), "binary.md": (b"\x89PNG\r\n\x1a\n\xff\xfe", "binary.md"), "web.md": (b"![](https://example.org/a.png)", "not fetched"),
+                 "lost.md": (b"see ![](gone.png)", "gone.png"), "empty.jsonl": (b"\n\n", "empty.jsonl"), "bad.jsonl": (b'{"parts": [{"text": "a"}]}\nnonsense\n', "bad.jsonl:2"),
+                 "cut.jsonl": (b'{"parts": [{"text": "a"', "cut.jsonl:1"), "no-parts.jsonl": (b'{"parts": []}', "empty"), "long.md": (b"word " * 3000, "context holds"),
+                 "many.md": (b"<dream>" * 60, "context holds")}
+
+
+@pytest.mark.parametrize("name", BAD_DOCUMENTS)
+def test_bad_documents(name, tmp_path, model, capsys):
+    content, word = BAD_DOCUMENTS[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    refused(["generate", tmp_path / name, "--model", model, "--out", tmp_path / "out.html", *QUICK], capsys, word)
+    assert not (tmp_path / "out.html").exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_bad_pictures_in_documents(tmp_path, model, capsys):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:-500])
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("cut.png", "text.png"):
+        (tmp_path / "a.md").write_text(f"see ![]({name})")
+        refused(["generate", tmp_path / "a.md", "--model", model, "--out", tmp_path / "o.md", *QUICK], capsys, name, "not a readable picture")
+
+
+def test_a_bad_file_in_a_real_process(tmp_path):
+    run = run_command("generate", "gone.md", cwd=tmp_path)
+    assert run.returncode == 1 and "Traceback" not in run.stderr and run.stdout == ""
+    assert run.stderr.strip().splitlines() == [next(line for line in run.stderr.splitlines() if line.startswith("dreamllm-edu: gone.md"))]
+
+
+def test_bad_models(tmp_path, capsys, model):
+    (tmp_path / "a.md").write_text("cat:")
+    ask = lambda folder, *words: refused(["generate", tmp_path / "a.md", "--model", folder, "--out", tmp_path / "o.md", *QUICK], capsys, *words)
+    ask(tmp_path / "gone", "gone")
+    ask("some-hub/name", "some-hub/name")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    ask(broken, "broken", "damaged or cut off")
+
+
+@pytest.mark.parametrize("options,word", [(["--out", "a.pdf"], ".html, .md or .jsonl"), (["--top-p", "0"], "top_p"), (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"),
+                                          (["--num-inference-steps", "0"], "num_inference_steps"), (["--max-new-tokens", "-1"], "max_new_tokens"), (["--guidance-scale", "-2"], "guidance_scale")], ids=str)
+def test_bad_options(options, word, tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.md").write_text("cat:<dream>")
+    refused(["generate", "a.md", "--model", model, *options], capsys, word)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.md"]
+
+
+@pytest.mark.parametrize("name", ["o.html", "o.md", "o.jsonl"])
+def test_a_full_disk_keeps_the_old_page(name, tmp_path, model, capsys):
+    (tmp_path / "a.md").write_text("cat:<dream>")
+    (tmp_path / name).write_text("old")
+    with full_disk(1000):
+        refused(["generate", tmp_path / "a.md", "--model", model, "--out", tmp_path / name, *QUICK], capsys)
+    assert (tmp_path / name).read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.md", name])
+
+
+def test_ctrl_c_ends_with_130(tmp_path, model, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(dreamllm_edu.model.DreamLLM, "generate", stop)
+    (tmp_path / "a.md").write_text("cat:")
+    assert main(["generate", str(tmp_path / "a.md"), "--model", str(model), "--out", str(tmp_path / "o.md")]) == 130
+    assert "stopped" in capsys.readouterr().err and not (tmp_path / "o.md").exists()
+
+
+# ---------------------------------------------------------------- pretrain, train, evaluate
+
+def test_pretrain_tokenizer_end_to_end(tmp_path):
+    run = run_command("pretrain", "tokenizer", "--out", "parts", "--runs", "work", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    tokenizer = dreamllm_edu.pretraining.load_tokenizer(tmp_path / "parts")
+    assert len(tokenizer) == 4096 and [tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS] == list(range(9))
+    text = "red apple in Noto style: <dream> 日本 \n"
+    ids = encode_text(tokenizer, text)
+    assert tokenizer.decode(ids) == text and min(ids) > 8 and len(encode_text(tokenizer, "red apple in Noto style")) <= 8
+
+
+def test_pretrain_says_what_is_missing(tmp_path, capsys):
+    refused(["pretrain", "unet", "--out", tmp_path / "p", "--runs", tmp_path / "w"], capsys, "unet needs tokenizer, clip, vae", "pretrain them first")
+    refused(["pretrain", "clip", "--out", tmp_path / "p", "--runs", tmp_path / "w"], capsys, "clip needs tokenizer", "pretrain it first")
+
+
+def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, capsys):
+    """A real signal to a real process; the judge is the part that needs no other."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "import sys; from dreamllm_edu.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "400"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=environment)
+    seen = b""
+    while not re.search(rb"judge:.* [1-9]\d*/400", seen):  # the bar does not show every step
+        piece = process.stderr.read1(4096)
+        assert piece, f"it ended before its first step: {seen.decode()[-500:]}"
+        seen += piece
+    process.send_signal(signal.SIGINT)
+    seen += process.stderr.read()
+    assert process.wait(120) == 130 and b"Traceback" not in seen
+    assert re.search(rb"dreamllm-edu: judge stopped after \d+ of 400 steps; run the same command again to go on from work/judge/state\.pt", seen)
+    made = torch.load(tmp_path / "work" / "judge" / "state.pt", weights_only=True)["step"]
+    assert 1 <= made < 400 and not (tmp_path / "parts" / "judge").exists()
+    assert len((tmp_path / "work" / "judge" / "log.jsonl").read_text().splitlines()) == made
+    assert main(["pretrain", "judge", "--out", str(tmp_path / "parts"), "--runs", str(tmp_path / "work"), "--steps", str(made + 1)]) == 0
+    log = [json.loads(line) for line in (tmp_path / "work" / "judge" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(made + 1)), "it went on where it stopped"
+    assert (tmp_path / "parts" / "judge" / "model.safetensors").stat().st_size > 1_000_000
+
+
+def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
+    """All three stages on a small corner of the world, from parts of its own; then the same command again, which finds everything done."""
+    parts_folder(make_tiny(4), tmp_path / "parts")
+    processor.tokenizer.save_pretrained(tmp_path / "parts" / "tokenizer")
+    names = {"cat", "dog", "rose", "bus", "key"}
+    monkeypatch.setattr(dreamllm_edu.training, "World", lambda: world)
+    monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
+    scenes = data.scene_list(world, "train")[::40]
+    monkeypatch.setattr(data, "scene_list", lambda world, split, seed=0: scenes)
+    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", "2", "1", "1", "--seed", "4"]
+    small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.STAGES["mini"]]
+    monkeypatch.setitem(dreamllm_edu.training.STAGES, "mini", tuple(small))
+    assert main(arguments) == 0
+    out = tmp_path / "out"
+    assert {s.name for s in small} == {p.parent.name for p in out.glob("*/state.pt")} and len({p.name for p in out.glob("*.safetensors")}) == len(small) + 1
+    fresh = mini(trained=False, parts=tmp_path / "parts")
+    before = fresh.dream_queries.weight.clone()
+    load_trained(fresh, out / "trained.safetensors")
+    assert not torch.equal(before, fresh.dream_queries.weight) and torch.isfinite(fresh.dream_queries.weight).all()
+    first = (out / "trained.safetensors").read_bytes()
+    assert main(arguments) == 0 and (out / "trained.safetensors").read_bytes() == first
+    assert str(out / "trained.safetensors") in capsys.readouterr().out
+
+
+def test_train_without_parts(tmp_path, capsys):
+    refused(["train", "--parts", tmp_path / "gone", "--out", tmp_path / "out"], capsys, "gone")
+    assert not (tmp_path / "out" / "trained.safetensors").exists()
+
+
+# ---------------------------------------------------------------- the shipped miniature
+
+def test_shipped_miniature_end_to_end(tmp_path):
+    (tmp_path / "owl.md").write_text("owl in Noto style:<dream>")
+    run = run_command("generate", "owl.md", "--out", "owl.md", "--num-inference-steps", "4", "--max-new-tokens", "0", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    document = document_from_markdown((tmp_path / "owl.md").read_text())
+    assert document.texts == ["owl in Noto style:"] and document.pictures[0].size == (64, 64)
+
+
+def test_evaluate_refuses_a_missing_checkpoint_before_measuring(tmp_path, capsys):
+    began = time.process_time()
+    refused(["evaluate", "--trained", tmp_path / "gone.safetensors", "--out", tmp_path / "m.json"], capsys, "gone.safetensors")
+    assert time.process_time() - began < 30 and not (tmp_path / "m.json").exists()

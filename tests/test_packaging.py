@@ -1,0 +1,207 @@
+"""What is installed is what is here, whole, and works from anywhere without network."""
+import ast
+import configparser
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+
+import dreamllm_edu
+from dreamllm_edu.documents import Document, Dream, picture_tensor
+
+PACKAGE = ROOT / "dreamllm_edu"
+ROOMS = ["documents", "data", "tokenization", "language", "vision", "diffusion", "queries", "losses", "model", "generation", "training", "evaluation", "pretraining", "demo", "cli"]
+DIRECT = {"torch", "transformers", "diffusers", "datasets", "accelerate", "einops", "matplotlib", "safetensors", "pillow", "tqdm"}
+SETTINGS = configparser.ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini", encoding="utf8")
+SETTINGS = SETTINGS["DEFAULT"]
+
+
+def imports(path):
+    """Every module that a file imports, at any depth, with its level of relativity resolved."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["dreamllm_edu" if node.level else "", node.module or ""]))
+            found |= {base} if node.module else {f"{base}.{alias.name}" for alias in node.names}
+            if base == "dreamllm_edu":
+                found |= {f"dreamllm_edu.{alias.name}" for alias in node.names}
+    return found
+
+
+# ---------------------------------------------------------------- the source
+
+def test_the_rooms_are_there():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "_modidx"} == set(ROOMS)
+    for room in ROOMS:
+        text = (PACKAGE / f"{room}.py").read_text(encoding="utf8")
+        assert ast.get_docstring(ast.parse(text)), f"{room} has no docstring"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_those_above_it(room):
+    below = ROOMS[ROOMS.index(room):]
+    mine = {name.split(".")[1] for name in imports(PACKAGE / f"{room}.py") if name.startswith("dreamllm_edu.")}
+    assert not mine & set(below), f"{room} imports {mine & set(below)}"
+
+
+def test_only_declared_libraries_and_no_network():
+    python = sys.stdlib_module_names
+    brought = {"PIL": "pillow", "numpy": "torch", "tokenizers": "transformers"}  # numpy and tokenizers come with what needs them
+    for room in ROOMS:
+        names = {name.split(".")[0] for name in imports(PACKAGE / f"{room}.py")}
+        for name in names - {"dreamllm_edu"}:
+            assert name in python or brought.get(name, name) in DIRECT, f"{room} imports {name}, which is not declared"
+        assert not names & {"torchvision", "requests", "urllib", "http", "socket", "ftplib", "httpx"}, room
+
+
+def test_public_things_have_docstrings():
+    """Those that a user meets: classes and functions of the first floor that are not one-liners."""
+    for room in ROOMS:
+        for node in ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{room}.{node.name}"
+
+
+# ---------------------------------------------------------------- the declarations
+
+def test_settings():
+    requirements = {re.match(r"[\w-]+", item)[0].lower() for item in SETTINGS["requirements"].split()}
+    assert requirements == DIRECT
+    assert SETTINGS["version"] == dreamllm_edu.__version__ and SETTINGS["min_python"] == "3.11" and SETTINGS["license"] == "apache2"
+    dev = SETTINGS["dev_requirements"].split()
+    assert "nbdev==2.4.14" in dev and {"jupyterlab", "pytest"} <= set(dev) and not DIRECT & set(dev)
+
+
+def test_the_environment_satisfies_the_declarations():
+    from packaging.requirements import Requirement
+    for item in SETTINGS["requirements"].split():
+        need = Requirement(item)
+        assert need.specifier.contains(importlib.metadata.version(need.name), prereleases=True), item
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).with_name("dreamllm-edu")
+    assert command.exists(), "install the package first: pip install -e ."
+    run = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "generate" in run.stdout
+    (entry,) = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "dreamllm-edu"]
+    from dreamllm_edu.cli import main
+    assert entry.load().__qualname__ == main.__qualname__
+
+
+def test_constraints_name_every_direct_dependency():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].strip().lower() for line in lines if "==" in line and not line.startswith("#")}
+    assert DIRECT <= pinned and any(re.match(r"torch==2\.13\.0", line) for line in lines)
+
+
+def test_licence_is_apache():
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf8")
+
+
+# ---------------------------------------------------------------- the wheel
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that nothing is left in the checkout; without network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("dreamllm_edu", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "dist"], cwd=folder, check=True, capture_output=True, timeout=200)
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+def test_the_wheel_is_whole(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
+        entries = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    need = {f"dreamllm_edu/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    need |= {f"dreamllm_edu/_data/{path.relative_to(ROOT / 'data')}" for path in (ROOT / "data").rglob("*") if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts}
+    assert need <= names, sorted(need - names)[:5]
+    assert not [n for n in names if n.endswith((".ipynb", ".pyc", ".bin", ".pt")) or n.startswith(("tests/", "nbs/", ".runs"))]
+    wants = {re.match(r"Requires-Dist: ([\w-]+)", line)[1].lower() for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
+    assert wants == DIRECT and "Provides-Extra: dev" in metadata and "dreamllm-edu = dreamllm_edu.cli:main" in entries
+
+
+def test_the_wheel_works_from_anywhere(wheel, tmp_path):
+    """Unpacked elsewhere, without the checkout: the data is found inside the package, and a picture comes out of it."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = ("import dreamllm_edu, pathlib; from dreamllm_edu.data import World, read_definitions, load; w = World(); "
+            "assert pathlib.Path(dreamllm_edu.__file__).is_relative_to(r'%s') and w.folder.name == '_data', (dreamllm_edu.__file__, w.folder); "
+            "assert w.picture('noto/' + w.by_name['cat']['key']).size == (64, 64) and len(read_definitions()) > 117000; print('fine')") % (tmp_path / "site")
+    (tmp_path / "elsewhere").mkdir()
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=200,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"})
+    assert run.stdout.strip() == "fine", run.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- the shipped weights
+
+WEIGHTS = PACKAGE / "weights" / "mini"
+PARTS = ("tokenizer", "language", "clip", "vae", "unet", "scheduler", "dreamllm", "judge")
+
+
+def test_shipped_weights_are_whole_small_and_half():
+    assert {path.name for path in WEIGHTS.iterdir()} >= set(PARTS)
+    files = [path for path in (PACKAGE / "weights").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 48 * 2**20, f"{sum(path.stat().st_size for path in files) / 2**20:.1f} MiB of weights"
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".jsonl", ".md"}, "no pickles"
+    for path in WEIGHTS.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                assert torch.isfinite(tensor.float()).all(), f"{path.parent.name}: {name} is not finite"
+                assert tensor.dtype in (torch.float16, torch.int64), f"{path.parent.name}: {name} is {tensor.dtype}"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from dreamllm_edu.model import DreamLLM, mini_processor
+    return DreamLLM.from_pretrained("mini"), mini_processor()
+
+
+def test_the_shipped_parts_fit_together(shipped):
+    model, processor = shipped
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size
+    assert (processor.num_queries, processor.num_patches) == (model.config.num_queries, model.config.num_patches)
+    assert (processor.layout.id["<dream_start>"], processor.layout.id["<image_start>"]) == (model.config.dream_start_id, model.config.image_start_id)
+    assert processor.max_length <= model.config.text_config.max_position_embeddings
+    assert all(not p.requires_grad for part in model.frozen_parts for p in getattr(model, part).parameters())
+
+
+def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(shipped, world):
+    """A wide margin, not a benchmark: drawings of seen wishes are nearer to their own real drawing than to the others'."""
+    model, processor = shipped
+    wishes = [("red apple", "noto"), ("sunflower", "twemoji"), ("penguin", "fluent"), ("pizza", "noto"), ("rocket", "twemoji"), ("frog", "fluent")]
+    documents = model.generate([Document([f"{name} in {style.capitalize()} style:", Dream()]) for name, style in wishes], processor, max_new_tokens=0, num_inference_steps=10)
+    drawn = torch.stack([picture_tensor(d.pictures[0], 16) for d in documents])
+    real = torch.stack([picture_tensor(world.picture(f"{style}/{world.by_name[name]['key']}"), 16) for name, style in wishes])
+    distance = (drawn[:, None] - real[None]).square().mean((2, 3, 4))
+    assert (distance.argmin(1) == torch.arange(len(wishes))).sum() >= 4, np.round(distance.numpy(), 2)
+
+
+def test_the_shipped_judge_knows_real_drawings(world):
+    from dreamllm_edu.evaluation import judge_pictures, load_judge
+    judge = load_judge(WEIGHTS / "judge")
+    picked = range(0, 821, 12)
+    concepts, styles = judge_pictures(judge, [world.picture(f"noto/{world.concepts[i]['key']}") for i in picked])
+    assert np.mean([found == i for found, i in zip(concepts.argmax(-1).tolist(), picked)]) > 0.6
+    assert (styles.argmax(-1) == 1).float().mean() > 0.4, "twice chance among five styles"
