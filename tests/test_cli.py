@@ -208,7 +208,8 @@ def test_pretrain_says_what_is_missing(tmp_path, capsys):
 def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, capsys):
     """A real signal to a real process; the judge is the part that needs no other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "import sys; from dreamllm_edu.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "400"]
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background job would ignore the signal
+    command = [sys.executable, "-c", start + "from dreamllm_edu.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "400"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=environment)
     seen = b""
     while not re.search(rb"judge:.* [1-9]\d*/400", seen):  # the bar does not show every step
