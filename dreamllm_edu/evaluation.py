@@ -8,7 +8,7 @@ __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'Judge', 'judge_data', 'train_judge',
            'answers', 'sample_rows', 'score_layout', 'measure_comprehension', 'measure_creation', 'measure_baselines',
            'measure_tasks', 'in_batches', 'measure_language']
 
-# %% ../nbs/11_evaluation.ipynb #2bbf357b
+# %% ../nbs/11_evaluation.ipynb #9a33e8e3
 import json
 import random
 from pathlib import Path
@@ -29,7 +29,7 @@ from .tokenization import caption_ids, encode_text
 from .training import fit
 from .vision import jiggle, text_embeds
 
-# %% ../nbs/11_evaluation.ipynb #9157b7b5
+# %% ../nbs/11_evaluation.ipynb #38e8305a
 class Judge(nn.Module):
     """A small residual network, trained on real pictures only: [B, 3, 64, 64] in [-1, 1] -> concept logits, style logits."""
     def __init__(self, concepts, styles=5, widths=(32, 64, 128, 192)):
@@ -47,7 +47,7 @@ class Judge(nn.Module):
         pooled = torch.cat([states.mean((2, 3)), states.amax((2, 3))], 1)
         return self.concept(pooled), self.style(pooled)
 
-# %% ../nbs/11_evaluation.ipynb #d9ca8447
+# %% ../nbs/11_evaluation.ipynb #882e9d35
 JUDGE_STYLES = [*STYLES, "emojitwo"]
 
 
@@ -64,7 +64,7 @@ def judge_data(world, held_share=20):
     held = torch.tensor([random.Random(f"judge{c}{s}").randrange(held_share) == 0 for c, s in zip(concepts, styles)])
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(concepts), torch.tensor(styles), held
 
-# %% ../nbs/11_evaluation.ipynb #d0d1a1bd
+# %% ../nbs/11_evaluation.ipynb #c7350449
 def train_judge(out, runs, steps=800, batch=128, seed=0, progress=True):
     """Train on real drawings, whole and as small as scenes show them, with a stranger at the border now and then."""
     pixels, concepts, styles, held = judge_data(World())
@@ -90,7 +90,7 @@ def train_judge(out, runs, steps=800, batch=128, seed=0, progress=True):
     save_file(state, out / "judge" / "model.safetensors")
     return history
 
-# %% ../nbs/11_evaluation.ipynb #13744f3d
+# %% ../nbs/11_evaluation.ipynb #aa2b4c73
 def load_judge(folder):
     """The shipped judge, in evaluation mode."""
     path = Path(folder) / "model.safetensors"
@@ -102,7 +102,7 @@ def load_judge(folder):
         raise ValueError(f"{path} is not a checkpoint of the judge ({error}); train it again or reinstall the package") from error
     return judge.eval()
 
-# %% ../nbs/11_evaluation.ipynb #431c50db
+# %% ../nbs/11_evaluation.ipynb #bb8d5da8
 @torch.no_grad()
 def judge_pictures(judge, pictures):
     """Concept and style log-probabilities of PIL pictures: [n, concepts], [n, styles]."""
@@ -110,7 +110,7 @@ def judge_pictures(judge, pictures):
     found = [judge(part) for part in x.split(64)]
     return tuple(torch.cat([f[i] for f in found]).log_softmax(-1) for i in (0, 1))
 
-# %% ../nbs/11_evaluation.ipynb #117f6743
+# %% ../nbs/11_evaluation.ipynb #e7742940
 def interval(values, seed=0, rounds=2000):
     """Mean with its bootstrap 95 % interval: `{"value", "low", "high", "n"}`; all None for no values."""
     values = np.asarray(values, dtype=float)
@@ -120,7 +120,7 @@ def interval(values, seed=0, rounds=2000):
     low, high = np.quantile(draws, [0.025, 0.975])
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
-# %% ../nbs/11_evaluation.ipynb #d6ea0d10
+# %% ../nbs/11_evaluation.ipynb #1586a6b2
 def score_creation(judge, world, pictures, prompts):
     """`concept_top1`, `concept_top5`, `style_top1` with intervals. `prompts`: (concept name, style) of each picture."""
     index = {c["name"]: i for i, c in enumerate(world.concepts)}
@@ -131,13 +131,13 @@ def score_creation(judge, world, pictures, prompts):
     return {"concept_top1": interval([w == b[0] for w, b in zip(wanted, best)]), "concept_top5": interval([w in b for w, b in zip(wanted, best)]),
             "style_top1": interval([JUDGE_STYLES[d] == style for d, (_, style) in zip(drawn, prompts) if style in JUDGE_STYLES])}
 
-# %% ../nbs/11_evaluation.ipynb #636af268
+# %% ../nbs/11_evaluation.ipynb #0604d37d
 def wishes(world, split, n, seed=0):
     """`n` (concept name, style) prompts of a split, drawn by a seed."""
     found = [(c["name"], style) for c in world.concepts for style in STYLES if world.split_of(c["key"], style) == split]
     return random.Random(f"{split}{seed}").sample(found, min(n, len(found)))
 
-# %% ../nbs/11_evaluation.ipynb #cfcb9dd6
+# %% ../nbs/11_evaluation.ipynb #61d8c22a
 @torch.no_grad()
 def nearest_training_pictures(clip, processor, world, prompts):
     """Retrieval as a baseline: the training picture whose own caption is nearest to the prompt, in CLIP's text space (no drawing at all)."""
@@ -150,7 +150,7 @@ def nearest_training_pictures(clip, processor, world, prompts):
     best = (embed(asked) @ embed([caption(r["concept"], r["style"]) for r in rows]).T).argmax(-1)
     return [world.picture(rows[i]["parts"][1]["picture"]) for i in best.tolist()]
 
-# %% ../nbs/11_evaluation.ipynb #705eeab1
+# %% ../nbs/11_evaluation.ipynb #e62f8ef2
 def draw(model, processor, texts, batch=50, **options):
     """One picture for each text: the text, then `<dream>`."""
     pictures = []
@@ -159,7 +159,7 @@ def draw(model, processor, texts, batch=50, **options):
         pictures += [d.pictures[-1] for d in model.generate(documents, processor, max_new_tokens=0, **{"seed": start, **options})]
     return pictures
 
-# %% ../nbs/11_evaluation.ipynb #61a591e3
+# %% ../nbs/11_evaluation.ipynb #fb2513da
 @torch.no_grad()
 def draw_from_text_encoder(model, clip, processor, texts, batch=50, guidance_scale=3.0, num_inference_steps=20, seed=0):
     """The baseline: the same U-Net prompted by the CLIP text encoder that it was trained with, as Stable Diffusion is."""
@@ -171,7 +171,7 @@ def draw_from_text_encoder(model, clip, processor, texts, batch=50, guidance_sca
         pictures += to_pictures(decode_latents(model.vae, latents))
     return pictures
 
-# %% ../nbs/11_evaluation.ipynb #e17c9412
+# %% ../nbs/11_evaluation.ipynb #92e73e26
 ARRANGEMENTS = [("left", False), ("left", True), ("above", False), ("above", True)]  # relation, whether a and b are exchanged
 
 
@@ -193,7 +193,7 @@ def score_scenes(judge, world, pictures, scenes):
         relation.append(ARRANGEMENTS[int(torch.stack(total).argmax())] == (scene.relation, False))
     return {"both_concepts": interval(both), "relation": interval(relation)}
 
-# %% ../nbs/11_evaluation.ipynb #0bf8d5a8
+# %% ../nbs/11_evaluation.ipynb #65d0754d
 def answers(model, processor, recipes, world, max_new_tokens=16, batch=64):
     """Greedy answers to rows of which everything but the last part is given."""
     texts = []
@@ -204,13 +204,13 @@ def answers(model, processor, recipes, world, max_new_tokens=16, batch=64):
         texts += ["".join(d.texts[len(q.texts):]) for d, q in zip(written, asked)]
     return texts
 
-# %% ../nbs/11_evaluation.ipynb #9161be02
+# %% ../nbs/11_evaluation.ipynb #2c0174e4
 def sample_rows(rows, n, task=None, seed=0):
     """`n` rows of one task, drawn by a seed."""
     rows = [r for r in rows if task in (None, r["task"])]
     return random.Random(seed).sample(rows, min(n, len(rows)))
 
-# %% ../nbs/11_evaluation.ipynb #a2dc5bd4
+# %% ../nbs/11_evaluation.ipynb #741b92dc
 @torch.no_grad()
 def score_layout(model, processor, world, n=40):
     """Does the model say `<dream>` where held-out articles have a picture, and only there? Teacher-forced: at every text position, is
@@ -226,7 +226,7 @@ def score_layout(model, processor, world, n=40):
     precision, recall = hits / max(1, said), hits / max(1, true)
     return {"precision": precision, "recall": recall, "f1": 2 * hits / max(1, said + true), "n": true}
 
-# %% ../nbs/11_evaluation.ipynb #be7288d3
+# %% ../nbs/11_evaluation.ipynb #856669c3
 def measure_comprehension(model, processor, world, n=150):
     """Caption accuracy (the concept is named exactly) and visual questions."""
     out = {"caption_top1": {}, "vqa": {}}
@@ -241,7 +241,7 @@ def measure_comprehension(model, processor, world, n=150):
         out["vqa"][task] = interval([text.strip() == r["answer"].strip() for text, r in zip(said, rows)])
     return out
 
-# %% ../nbs/11_evaluation.ipynb #07ec191b
+# %% ../nbs/11_evaluation.ipynb #2e0b0a10
 def measure_creation(model, processor, judge, world, n=150, **options):
     """The judge's verdict on drawings of seen pictures, held-out renderings and held-out concepts, and on the same drawings for exchanged prompts."""
     out, shuffled = {}, {}
@@ -252,7 +252,7 @@ def measure_creation(model, processor, judge, world, n=150, **options):
         shuffled[key] = score_creation(judge, world, pictures, random.Random(0).sample(prompts, len(prompts)))
     return {**out, "baseline_shuffled": shuffled}
 
-# %% ../nbs/11_evaluation.ipynb #4d804ae6
+# %% ../nbs/11_evaluation.ipynb #f3e5aef5
 def measure_baselines(model, clip, processor, judge, world, n=150):
     """Text encoder, nearest training picture, and the judge's ceiling on real drawings new to it."""
     text, near = {}, {}
@@ -268,7 +268,7 @@ def measure_baselines(model, clip, processor, judge, world, n=150):
     real["style_top1"] = interval((verdict == styles[held]).tolist())  # strangers have no style that the judge knows
     return {"baseline_text_encoder": text, "baseline_nearest": near, "ceiling_real": real}
 
-# %% ../nbs/11_evaluation.ipynb #613ecc06
+# %% ../nbs/11_evaluation.ipynb #00feadab
 def measure_tasks(model, processor, judge, world, n=150, **options):
     """Editing and scenes, asked as documents."""
     rows = sample_rows(edits(world, "train"), n // 2) + sample_rows(edits(world, "held_out_renderings"), n - n // 2)
@@ -287,7 +287,7 @@ def in_batches(function, items, batch=50):
     """`function` of slices of a list, joined."""
     return [x for start in range(0, len(items), batch) for x in function(items[start:start + batch])]
 
-# %% ../nbs/11_evaluation.ipynb #9472f136
+# %% ../nbs/11_evaluation.ipynb #8fa8dad7
 def measure_language(model, before, processor):
     """Perplexity on held-out definitions of the language model as pretrained and as DreamLLM left it: does it still know its language?"""
     lines = definition_split(read_definitions())[1]

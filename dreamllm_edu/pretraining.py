@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'NEEDS', 'Captioned', 'to_unit', 'pretrain_tokenizer', 'load
            'pretrain_language', 'pretrain', 'measure_language_part', 'measure_clip_part', 'psnr', 'measure_vae_part',
            'measure_judge_part', 'measure_unet_part', 'measure_parts']
 
-# %% ../nbs/12_pretraining.ipynb #dddda38d
+# %% ../nbs/12_pretraining.ipynb #2deb5507
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from .tokenization import caption_ids, encode_text, train_tokenizer
 from .training import fit
 from .vision import clip_config, clip_normalize, contrastive_loss, jiggle, text_embeds
 
-# %% ../nbs/12_pretraining.ipynb #b8a63471
+# %% ../nbs/12_pretraining.ipynb #59044d73
 class Captioned:
     """The training pictures with their captions: single drawings first, then scenes.
 
@@ -59,22 +59,22 @@ class Captioned:
         scene = torch.randint(self.singles, len(self.refs), (n,), generator=generator)
         return torch.where(is_scene, scene, single)
 
-# %% ../nbs/12_pretraining.ipynb #a2a31260
+# %% ../nbs/12_pretraining.ipynb #e8282094
 def to_unit(pixels):
     """uint8 -> float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
-# %% ../nbs/12_pretraining.ipynb #6ece6d35
+# %% ../nbs/12_pretraining.ipynb #50bfce43
 def pretrain_tokenizer(out, **_):
     """Byte-level BPE on the training definitions and captions."""
     texts = definition_split(read_definitions())[0] + [r["parts"][0]["text"] for r in pairs(World(), "train")[::2]] * 3
     train_tokenizer(texts).save_pretrained(out / "tokenizer")
 
-# %% ../nbs/12_pretraining.ipynb #d459a87d
+# %% ../nbs/12_pretraining.ipynb #4f6076db
 def load_tokenizer(out):
     return PreTrainedTokenizerFast.from_pretrained(out / "tokenizer", local_files_only=True)
 
-# %% ../nbs/12_pretraining.ipynb #6c69f1b7
+# %% ../nbs/12_pretraining.ipynb #cd180856
 def pretrain_vae(out, runs, steps=1400, batch=32, seed=0, progress=True):
     """64x64 pictures -> 8x8 latents: squared error and a faint KL. Saved with the scaling factor that gives the latents unit variance."""
     data = Captioned()
@@ -100,7 +100,7 @@ def pretrain_vae(out, runs, steps=1400, batch=32, seed=0, progress=True):
     vae.half().save_pretrained(out / "vae")
     return history
 
-# %% ../nbs/12_pretraining.ipynb #6fa84606
+# %% ../nbs/12_pretraining.ipynb #c48121c3
 def tune_vision(model, data, pixels, ids, mask, runs, steps, batch, seed, progress):
     """The second half of CLIP's training: the text tower is locked (Zhai et al. 2022, LiT) and read once, so the U-Net may already use it; the
     vision tower goes on, on batches in which every concept comes in all its styles: only such neighbours teach it what a style is."""
@@ -128,7 +128,7 @@ def tune_vision(model, data, pixels, ids, mask, runs, steps, batch, seed, progre
     model.load_state_dict(tuned.state_dict())
     return history
 
-# %% ../nbs/12_pretraining.ipynb #02b882a1
+# %% ../nbs/12_pretraining.ipynb #341c46ca
 def pretrain_clip(out, runs, steps=850, vision_steps=1100, batch=256, seed=0, progress=True):
     """Contrastive vision + text on captions with and without the style."""
     data, tokenizer = Captioned(), load_tokenizer(out)
@@ -156,20 +156,20 @@ def pretrain_clip(out, runs, steps=850, vision_steps=1100, batch=256, seed=0, pr
     model.half().save_pretrained(out / "clip")
     return history
 
-# %% ../nbs/12_pretraining.ipynb #866d3079
+# %% ../nbs/12_pretraining.ipynb #80663f9b
 def caption_states(clip, ids, mask):
     """Last hidden states of CLIP's text tower, in half precision: [n, L, C]. What the U-Net is conditioned on, computed once."""
     with torch.no_grad():
         return torch.cat([clip.text_model(input_ids=i, attention_mask=m).last_hidden_state.half() for i, m in zip(ids.split(256), mask.split(256))])
 
-# %% ../nbs/12_pretraining.ipynb #fcc7c505
+# %% ../nbs/12_pretraining.ipynb #49bf7637
 def latent_moments(vae, pixels):
     """VAE posterior of every picture, computed once: (mean, std), each [n, Z, h, w], in the U-Net's scale."""
     with torch.no_grad():
         found = [vae.encode(to_unit(x)).latent_dist for x in pixels.split(64)]
     return tuple(torch.cat([getattr(d, name) for d in found]) * vae.config.scaling_factor for name in ("mean", "std"))
 
-# %% ../nbs/12_pretraining.ipynb #c75b6bca
+# %% ../nbs/12_pretraining.ipynb #bc6d0304
 def pretrain_unet(out, runs, steps=3100, batch=64, seed=0, progress=True, compile=False, init=None):
     """Text-to-image: a U-Net conditioned on CLIP's text states, 10 % of the captions replaced by the empty one."""
     data, tokenizer = Captioned(), load_tokenizer(out)
@@ -198,7 +198,7 @@ def pretrain_unet(out, runs, steps=3100, batch=64, seed=0, progress=True, compil
     scheduler.save_pretrained(out / "scheduler")
     return history
 
-# %% ../nbs/12_pretraining.ipynb #9bda88de
+# %% ../nbs/12_pretraining.ipynb #611bc632
 def pretrain_decoder(out, runs, steps=1500, batch=32, seed=0, progress=True):
     """Train the VAE's decoder further with the encoder locked: the latents, and so the U-Net, stay what they are; only the pictures get sharper.
 
@@ -223,7 +223,7 @@ def pretrain_decoder(out, runs, steps=1500, batch=32, seed=0, progress=True):
     vae.half().save_pretrained(out / "vae")
     return history
 
-# %% ../nbs/12_pretraining.ipynb #8c7861b6
+# %% ../nbs/12_pretraining.ipynb #54eae70d
 def pretrain_language(out, runs, steps=640, batch=40, length=128, seed=0, progress=True):
     """A Llama on WordNet's definitions and the captions."""
     tokenizer = load_tokenizer(out)
@@ -242,7 +242,7 @@ def pretrain_language(out, runs, steps=640, batch=40, length=128, seed=0, progre
     model.half().save_pretrained(out / "language")
     return history
 
-# %% ../nbs/12_pretraining.ipynb #296ae7af
+# %% ../nbs/12_pretraining.ipynb #beb5ff98
 PARTS = ("tokenizer", "clip", "vae", "language", "judge", "unet", "decoder")  # in the order of need
 
 
@@ -265,7 +265,7 @@ def pretrain(part, out, runs, steps=None, progress=True, init=None):
         options["init"] = init
     return job(out, runs=runs, progress=progress, **options)
 
-# %% ../nbs/12_pretraining.ipynb #858ae0ee
+# %% ../nbs/12_pretraining.ipynb #fcfff750
 @torch.no_grad()
 def measure_language_part(parts):
     """Perplexity on held-out definitions. Baseline: how frequent each token is in training, and nothing else (unigram)."""
@@ -279,7 +279,7 @@ def measure_language_part(parts):
     unigram = -(counts / counts.sum()).log()[windows[:, 1:]].mean().item()
     return {"perplexity": {key: value if key == "n" else math.exp(value) for key, value in found.items()}, "unigram": math.exp(unigram)}
 
-# %% ../nbs/12_pretraining.ipynb #c3a3891e
+# %% ../nbs/12_pretraining.ipynb #dda8130d
 @torch.no_grad()
 def measure_clip_part(parts, captions, names, pixels):
     """Whose caption is nearest to the picture: among all captions given (`retrieval_at_1`), and among the four styles of the right concept
@@ -293,7 +293,7 @@ def measure_clip_part(parts, captions, names, pixels):
     right = [caption(name, list(STYLES)[i]) == asked for name, i, asked in zip(names, in_style.tolist(), captions)]
     return {"retrieval_at_1": interval(hits), "chance": 1 / len(captions), "style_at_1": interval(right), "style_chance": 1 / len(STYLES)}
 
-# %% ../nbs/12_pretraining.ipynb #1199167b
+# %% ../nbs/12_pretraining.ipynb #45a6cb84
 def psnr(restored, pictures):
     """Peak signal-to-noise ratio in decibels of each picture in [-1, 1]: 10 log10(2^2 / mean squared error). [n]"""
     return 10 * torch.log10(4 / (restored - pictures).square().mean((1, 2, 3)))
@@ -306,7 +306,7 @@ def measure_vae_part(parts, pixels):
     restored = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in x.split(50)])
     return {"psnr": interval(psnr(restored, x).tolist()), "mean_picture": interval(psnr(x.mean(0, keepdim=True).expand_as(x), x).tolist())}
 
-# %% ../nbs/12_pretraining.ipynb #7d7eecad
+# %% ../nbs/12_pretraining.ipynb #3af08521
 @torch.no_grad()
 def measure_judge_part(parts, world):
     """The judge on real drawings that it never saw: concepts by other designers, styles on the renderings kept from it."""
@@ -328,7 +328,7 @@ def measure_unet_part(parts, world, n=32):
     judge = load_judge(parts / "judge")
     return {**score_creation(judge, world, pictures, asked), "exchanged": score_creation(judge, world, pictures, asked[1:] + asked[:1])}
 
-# %% ../nbs/12_pretraining.ipynb #a9ef8045
+# %% ../nbs/12_pretraining.ipynb #a1e20d71
 def measure_parts(parts):
     """What every part in the folder `parts` reaches on data that it did not learn from (the U-Net: on drawings of training wishes), beside its
     baseline, with 95 % intervals: a dict by part. About half a minute on one core."""

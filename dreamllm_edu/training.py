@@ -7,7 +7,7 @@ __all__ = ['ALIGN', 'STAGES', 'step_generator', 'learning_rate_at', 'average_int
            'save_state', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage', 'set_trainable',
            'FeatureCache', 'Ref', 'Mixture', 'run_stage', 'train']
 
-# %% ../nbs/10_training.ipynb #e762241c
+# %% ../nbs/10_training.ipynb #63c9d16e
 import copy
 import json
 import math
@@ -24,19 +24,19 @@ from .data import World, definition_split, load, read_definitions
 from .documents import picture_tensor
 from .tokenization import collate
 
-# %% ../nbs/10_training.ipynb #22d89648
+# %% ../nbs/10_training.ipynb #742cd9bd
 def step_generator(seed, step):
     """The generator of one training step. Batches and noise are drawn from it alone, so a resumed run repeats them exactly."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
-# %% ../nbs/10_training.ipynb #499a799e
+# %% ../nbs/10_training.ipynb #c04b8a0e
 def learning_rate_at(step, steps, peak, warmup):
     """Linear warm-up, then a cosine to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-# %% ../nbs/10_training.ipynb #822f76e5
+# %% ../nbs/10_training.ipynb #964cac3b
 def average_into(ema, model, decay):
     """Exponential moving average of the trainable weights: ema <- decay * ema + (1 - decay) * model."""
     with torch.no_grad():
@@ -46,7 +46,7 @@ def average_into(ema, model, decay):
         for slow, fast in zip(ema.buffers(), model.buffers()):
             slow.copy_(fast)
 
-# %% ../nbs/10_training.ipynb #f3b15d97
+# %% ../nbs/10_training.ipynb #3763c206
 def trainable_state(model):
     """Names and tensors of what trains, and what batch norms count: all that a checkpoint needs."""
     kept = model.state_dict().keys()
@@ -64,7 +64,7 @@ def load_trainable(model, state):
         for name, p in own.items():
             p.copy_(state[name])
 
-# %% ../nbs/10_training.ipynb #c5349131
+# %% ../nbs/10_training.ipynb #252f8633
 def save_state(path, state):
     """Write a checkpoint aside, then rename it: a crash or a full disk leaves the one before."""
     path = Path(path)
@@ -77,7 +77,7 @@ def save_state(path, state):
         raise OSError(f"could not save {path} ({error}); free some space, the last checkpoint is untouched") from error
     aside.replace(path)
 
-# %% ../nbs/10_training.ipynb #e53e53b9
+# %% ../nbs/10_training.ipynb #36e8e912
 def write_checkpoint(path, model, ema, optimizer, history):
     """All that a later call needs to go on as if nothing had happened, and beside it a log to read."""
     save_state(path, {"model": trainable_state(model), "ema": trainable_state(ema), "optimizer": optimizer.state_dict(),
@@ -98,7 +98,7 @@ def read_checkpoint(path, model, ema, optimizer):
         reason = error if isinstance(error, ValueError) else damage
         raise ValueError(f"{path}: {reason}") from error
 
-# %% ../nbs/10_training.ipynb #c057fc65
+# %% ../nbs/10_training.ipynb #65cd4a5e
 def update(accelerator, optimizer, parameters, loss, clip_norm, description="training", step=0):
     """Gradient, clipping, AdamW. `FloatingPointError`, and no weight is changed, when the loss or its gradient is not finite."""
     hint = f"at step {step}; nothing was updated. Lower the learning rate or look at this batch"
@@ -111,7 +111,7 @@ def update(accelerator, optimizer, parameters, loss, clip_norm, description="tra
         raise FloatingPointError(f"{description}: the gradient norm is {norm.item()} {hint}")
     optimizer.step()
 
-# %% ../nbs/10_training.ipynb #1673e5f6
+# %% ../nbs/10_training.ipynb #2f826921
 def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=100, ema_decay=0.0, weight_decay=0.01,
         clip_norm=1.0, mixed_precision="bf16", compile=False, save_every=500, progress=True, description="training", on_step=None):
     """Train what requires a gradient in `model`; one loop for every part and stage.
@@ -155,7 +155,7 @@ def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=1
         raise KeyboardInterrupt(f"{description} stopped after {len(history)} of {steps} steps{where}") from None
     return ema.eval(), history
 
-# %% ../nbs/10_training.ipynb #d04c1b5c
+# %% ../nbs/10_training.ipynb #2fcebea8
 @dataclass(frozen=True)
 class Stage:
     """What one stage trains, on what, and how. `trains`: names of the model's parts; `mixture`: kind of document -> weight."""
@@ -187,14 +187,14 @@ STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the min
     ),
 }
 
-# %% ../nbs/10_training.ipynb #24d543c9
+# %% ../nbs/10_training.ipynb #7d3dc556
 def set_trainable(model, stage):
     """Only the stage's parts require gradients. Gradients still pass through the frozen U-Net to the conditions."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.split(".")[0] in stage.trains)
     model.config.lm_loss_weight, model.config.image_loss_weight = stage.lm_loss_weight, stage.image_loss_weight
 
-# %% ../nbs/10_training.ipynb #1a2426af
+# %% ../nbs/10_training.ipynb #bcf310f5
 class FeatureCache:
     """What the frozen parts say of every picture, computed once: CLIP features [n, N, V] and the VAE's posterior (mean, std) [n, Z, h, w]."""
     def __init__(self, model, processor, world, refs, batch=64, progress=False):
@@ -214,7 +214,7 @@ class FeatureCache:
         mean, std = self.moments[[self.index[r] for r in refs]].unbind(1)
         return (mean + std * torch.randn(mean.shape, generator=generator)).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/10_training.ipynb #b26ea2ce
+# %% ../nbs/10_training.ipynb #8a526167
 @dataclass(frozen=True, order=True)
 class Ref:
     """Stands for a picture in an encoded document."""
@@ -252,7 +252,7 @@ class Mixture:
             batch["latents"] = cache.latents(targets, generator)
         return batch
 
-# %% ../nbs/10_training.ipynb #0874f635
+# %% ../nbs/10_training.ipynb #98d144c0
 def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, progress=True, on_step=None):
     """Train `model` in place for one stage; returns the history (`loss`, `lm_loss`, `image_loss` by step)."""
     set_trainable(model, stage)
@@ -270,7 +270,7 @@ def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, pro
     load_trainable(model, trainable_state(averaged))
     return history
 
-# %% ../nbs/10_training.ipynb #eb9e21cb
+# %% ../nbs/10_training.ipynb #5e5a6db6
 def train(model, processor, stages, world=None, folder=None, steps=None, seed=0, progress=True, after_stage=None):
     """All stages in order, on features computed once. With `folder` every stage resumes where it stopped.
 
