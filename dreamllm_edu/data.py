@@ -15,6 +15,7 @@ import lzma
 import random
 import re
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,15 @@ def read_definitions():
 
 
 def definition_split(lines):
-    """(train, held out) definitions: every 50th line is held out; language retention is measured on those."""
-    return [line for i, line in enumerate(lines) if i % 50], lines[::50]
+    """(train, held out) definitions; language retention is measured on the latter.
+
+    Held out is every 50th line, unless its definition is also that of another line or stands in an article: then it is learnt elsewhere."""
+    meaning = lambda line: line.partition(": ")[2] or line
+    rows = map(json.loads, (data_folder() / "concepts.jsonl").read_text(encoding="utf8").splitlines())
+    shown = {text["definition"] for row in rows for text in (row, *row.get("hypernyms", [])) if "definition" in text}
+    count = Counter(map(meaning, lines))
+    held = {i for i in range(0, len(lines), 50) if count[meaning(lines[i])] == 1 and meaning(lines[i]) not in shown}
+    return [line for i, line in enumerate(lines) if i not in held], [lines[i] for i in sorted(held)]
 
 # %% ../nbs/01_data.ipynb #82ddccae
 # The concepts that scenes are composed of: well apart in shape and colour, with a regular plural.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO_STEPS', 'DEMO_MIXTURES', 'STYLE_SHEET', 'sheet', 'figure_uri', 'curves', 'quick_training', 'quick_scores',
            'full_measure', 'written_documents', 'edited_pictures', 'dialogue_documents', 'flat', 'metric_cell',
-           'creation_table', 'cell', 'page', 'galleries', 'peak_mb', 'demo']
+           'creation_table', 'model_card', 'save_for_hub', 'cell', 'page', 'galleries', 'peak_mb', 'demo']
 
 # %% ../nbs/13_demo.ipynb #e958d72b
 import html
@@ -26,7 +26,7 @@ from transformers import CLIPModel, LlamaForCausalLM
 import dreamllm_edu.generation  # gives DreamLLM its generate method
 from .data import STYLES, World, articles, caption, dialogues, edits, scene_list, to_document
 from .documents import Document, Dream, picture_to_uri
-from .evaluation import (draw, draw_from_text_encoder, in_batches, load_judge, measure_baselines, measure_comprehension, measure_creation,
+from .evaluation import (draw, draw_from_text_encoder, edit, in_batches, load_judge, measure_baselines, measure_comprehension, measure_creation,
                                      measure_language, measure_tasks, sample_rows, score_layout, wishes)
 from .model import WEIGHTS, DreamLLM, mini, mini_processor, quiet
 from .training import STAGES, train
@@ -127,9 +127,8 @@ def written_documents(model, processor, world, n=6, **options):
 def edited_pictures(model, processor, world, n=8):
     """(source, wish, result, truth) of held-out edits."""
     rows = sample_rows(edits(world, "held_out_renderings"), n, seed=4)
-    asked = [Document(to_document(r, world).parts[:3] + [Dream()], 3) for r in rows]
-    results = model.generate(asked, processor, max_new_tokens=0)
-    return [(d.pictures[0], r["style"], d.pictures[-1], world.picture(r["parts"][4]["picture"])) for d, r in zip(results, rows)]
+    asked = [Document(to_document(r, world).parts[:3], 3) for r in rows]
+    return [(d.pictures[0], r["style"], drawn, world.picture(r["parts"][4]["picture"])) for d, drawn, r in zip(asked, edit(model, processor, asked), rows)]
 
 
 def dialogue_documents(model, processor, world, n=8):
@@ -165,6 +164,40 @@ def creation_table(creation):
     body = "".join(f"<tr><td>{label}<td>{name}" + "".join(f"<td>{metric_cell(m[k])}" for k in ("concept_top1", "concept_top5", "style_top1")) for name, label, m in rows)
     return f"<table><tr><th>prompts<th>system<th>concept top-1<th>concept top-5<th>style top-1{body}</table>"
 
+# %% ../nbs/13_demo.ipynb #eabfb6e6
+def model_card(metrics, name="DreamLLM miniature"):
+    """A hub's `README.md` from measured numbers: front matter, what it is, every metric with its interval."""
+    plain = lambda value: metric_cell(value).replace("<small>", "").replace("</small>", "")
+    rows = "\n".join(f"| {key} | {plain(value)} |" for key, value in flat({k: v for k, v in metrics.items() if k not in ("seconds", "quick", "peak_rss_mb")}))
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: any-to-any
+tags: [dreamllm, text-to-image, image-to-text, interleaved-generation]
+---
+
+# {name}
+
+A language model that reads pictures and draws them (DreamLLM, Dong et al. 2024), rebuilt by `dreamllm_edu`. It knows emoji-like drawings of a few hundred
+things and the English of dictionary definitions, nothing else. Drawings that it learned from: see `data/ATTRIBUTION.md` of the package (CC BY, CC BY-SA,
+Apache, MIT).
+
+    from dreamllm_edu.model import DreamLLM
+    model = DreamLLM.from_pretrained(FOLDER)
+
+| metric | value [95 % interval] |
+|---|---|
+{rows}
+"""
+
+
+def save_for_hub(folder, model, processor, metrics):
+    """Weights, processor and card in one folder, ready for `hf upload` or `push_to_hub`."""
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(metrics), encoding="utf8")
+
 # %% ../nbs/13_demo.ipynb #d923089f
 STYLE_SHEET = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:14px}
 td,th{border-bottom:1px solid #ddd;padding:4px 10px;text-align:left}small{color:#777}img{image-rendering:auto;max-width:100%}
@@ -184,7 +217,7 @@ def page(metrics, quick, shown):
     rest = "".join(f"<tr><td>{name}<td>{metric_cell(value)}" for name, value in flat({k: v for k, v in metrics.items() if k not in ("creation", "quick", "seconds")}))
     learn = sheet(quick["shown"], quick["labels"])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>DreamLLM miniature</title><style>{STYLE_SHEET}</style>
-<h1>The miniature dreams</h1><p>Everything on this page was made on this computer by a model of a few million parameters. Grey text is the prompt; the rest, pictures included, is the model's own.</p>
+<h1>The miniature dreams</h1><p>Everything on this page was made on this computer by a model of 18 million parameters. Grey text is the prompt; the rest, pictures included, is the model's own.</p>
 <h2>Illustrated documents</h2><p>The prompt is the first sentence of an article about a class of things that training never showed. The model decides where a picture belongs,
 draws it, looks at it and writes on. Training articles were assembled from WordNet and emoji drawings, not written by people.</p>{articles_html}
 <h2>Drawings</h2>{gallery}<h2>Edits of held-out renderings</h2>{edited}<h2>Dialogues</h2>{talk}

@@ -58,13 +58,16 @@ def unet_config(size=8, channels=(96, 192), latent_channels=8, condition=192, la
 
 # %% ../nbs/05_diffusion.ipynb #64667a72
 @torch.no_grad()
-def sample_latents(unet, scheduler, condition, null, guidance_scale=3.0, num_inference_steps=20, generator=None, noise=None):
-    """Latents [B, Z, h, w] by DDIM with classifier-free guidance: out = null + s (cond - null).
+def sample_latents(unet, scheduler, condition, null, guidance_scale=3.0, num_inference_steps=20, generator=None, noise=None, sampler=None,
+                   guidance_rescale=0.0, added=None):
+    """Latents [B, Z, h, w] with classifier-free guidance: out = null + s (cond - null).
 
-    `condition`, `null`: [B, L, C]; `noise` may be given instead of a generator. A scale of 1 needs no null pass and makes none."""
+    `condition`, `null`: [B, L, C]; `noise` may be given instead of a generator. A scale of 1 needs no null pass and makes none. `sampler`: a
+    scheduler of diffusers, by default DDIM; `guidance_rescale` pulls the guided output back to the spread of the unguided one (Lin et al. 2024);
+    `added(condition)` gives further inputs of the U-Net, as SDXL wants them."""
     if num_inference_steps < 1 or guidance_scale < 0:
         raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1 and guidance_scale={guidance_scale} not negative")
-    sampler = DDIMScheduler.from_config(scheduler.config)
+    sampler = DDIMScheduler.from_config(scheduler.config) if sampler is None else sampler
     sampler.set_timesteps(num_inference_steps)
     size = unet.config.sample_size
     shape = (condition.shape[0], unet.config.in_channels, size, size)
@@ -72,10 +75,14 @@ def sample_latents(unet, scheduler, condition, null, guidance_scale=3.0, num_inf
     x = x.to(condition.device)
     guided = guidance_scale != 1.0
     both = torch.cat([null.expand_as(condition), condition]) if guided else condition
+    extra = added(both) if added else {}
     for t in sampler.timesteps:
-        out = unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=both).sample.float()
+        out = unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=both, **extra).sample.float()
         if guided:
             base, toward = out.chunk(2)
             out = base + guidance_scale * (toward - base)
-        x = sampler.step(out, t, x).prev_sample
+            if guidance_rescale:
+                spread = lambda z: z.std((1, 2, 3), keepdim=True)
+                out = out * (1 - guidance_rescale + guidance_rescale * spread(toward) / spread(out))
+        x = sampler.step(out, t, x, generator=generator).prev_sample
     return x

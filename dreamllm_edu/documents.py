@@ -66,8 +66,15 @@ def to_rgb(picture):
 
 # %% ../nbs/00_documents.ipynb #46967e0f
 def picture_tensor(picture, size):
-    """PIL picture -> float32 [3, size, size] in [-1, 1]: the VAE's range."""
-    array = np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+    """PIL picture -> float32 [3, size, size] in [-1, 1], the VAE's range: the shorter side is scaled to `size`, then the middle is cut out."""
+    picture, short = picture.convert("RGB"), min(picture.size)
+    if max(picture.size) > 8 * short:  # a strip: cut first, or the scaled strip would fill the memory
+        left, top = ((side - min(side, 8 * short)) // 2 for side in picture.size)
+        picture = picture.crop((left, top, left + min(picture.width, 8 * short), top + min(picture.height, 8 * short)))
+    width, height = (size * side // short for side in picture.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    middle = picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    array = np.asarray(middle, dtype=np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/00_documents.ipynb #b9b190c9

@@ -118,7 +118,8 @@ def dream(feeder, layout, processor, null, options):
     conditions = model.condition_projector(states[who, -1 - model.config.num_queries:-1])
     size = model.unet.config.sample_size
     noise = torch.stack([torch.randn(model.unet.config.in_channels, size, size, generator=options["generators"][b]) for b in who])
-    latents = sample_latents(model.unet, model.scheduler, conditions, null, options["guidance_scale"], options["num_inference_steps"], noise=noise)
+    latents = sample_latents(model.unet, model.scheduler, conditions, null, options["guidance_scale"], options["num_inference_steps"], noise=noise,
+                             added=model.added_conditions)
     pictures = to_pictures(decode_latents(model.vae, latents))
     for b, picture in zip(who, pictures):
         close_text(rows[b], processor)
@@ -211,14 +212,20 @@ def _check(model, documents, processor, max_new_tokens, max_pictures, temperatur
 # %% ../nbs/09_generation.ipynb #adacdd74
 @torch.no_grad()
 def generate(self, documents, processor, max_new_tokens=120, max_pictures=4, temperature=0.0, top_p=1.0, guidance_scale=3.0,
-             num_inference_steps=20, seed=0, generator=None, callback=None):
+             num_inference_steps=20, seed=0, generator=None, callback=None, generation_config=None):
     """Continue documents with text and pictures; returns a `Document` for a `Document`, a list for a list (prompts are given, answers follow).
 
     The model writes tokens; when it writes `<dream_start>` (or the prompt holds `Dream()`), it draws with guidance `guidance_scale` in
     `num_inference_steps` steps, sees what it drew, and goes on. `max_new_tokens` and `max_pictures` bound what is added to each document
     (the prompt's `Dream()`s are always drawn, and count); with `max_new_tokens=0` only those are drawn. Greedy at `temperature` 0.
     What a document gets depends on `seed` and its own place in the list, not on its neighbours. `callback(i, token_text_or_picture)` is
-    called as parts appear. Raises `ValueError` for empty or overlong prompts."""
+    called as parts appear. `generation_config`: a `GenerationConfig` of transformers, whose `max_new_tokens`, `do_sample`, `temperature`, `top_p`
+    and `guidance_scale` come before the arguments. Raises `ValueError` for empty or overlong prompts."""
+    if generation_config is not None:
+        wish = lambda name, otherwise: otherwise if getattr(generation_config, name, None) is None else getattr(generation_config, name)
+        max_new_tokens, top_p = wish("max_new_tokens", max_new_tokens), wish("top_p", top_p)
+        temperature = wish("temperature", temperature or 1.0) if generation_config.do_sample else 0.0
+        guidance_scale = wish("guidance_scale", guidance_scale)
     single = isinstance(documents, Document)
     documents = [documents] if single else list(documents)
     if not documents:

@@ -61,12 +61,12 @@ class SlotLayout:
 
     text -> its tokens, learned · given picture -> `<image_start> N patches <image_end>`, ignored ·
     created picture -> `<dream_start>` (learned) `Q queries <dream_end> <image_start> N patches <image_end>` (ignored)."""
-    def __init__(self, tokenizer, num_queries, num_patches, max_length):
+    def __init__(self, tokenizer, num_queries, num_patches, max_length, token_names=None):
         if max_length < 2:
             raise ValueError(f"max_length={max_length}: a sequence needs room for <s> and </s>, give at least 2")
         self.tokenizer, self.num_queries, self.num_patches, self.max_length = tokenizer, num_queries, num_patches, max_length
         self.text_ids = functools.lru_cache(maxsize=100_000)(lambda text: encode_text(tokenizer, text))  # captions come again and again
-        self.id = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+        self.id = {token: tokenizer.convert_tokens_to_ids((token_names or {}).get(token, token)) for token in SPECIAL_TOKENS}
         missing = [token for token, i in self.id.items() if i is None or i == tokenizer.unk_token_id]
         if missing:
             raise ValueError(f"the tokenizer lacks the special tokens {missing}; add them with add_special_tokens and resize the model's embeddings")
@@ -130,13 +130,14 @@ class DreamLLMProcessor(ProcessorMixin):
     """Documents -> model inputs, and token ids -> text.
 
     `image_processor`: CLIP's (what the model sees); `target_size`: side in pixels of the pictures that the VAE encodes (what it draws)."""
-    def __init__(self, image_processor, tokenizer, num_queries=8, num_patches=16, target_size=64, max_length=512, **kwargs):
+    def __init__(self, image_processor, tokenizer, num_queries=8, num_patches=16, target_size=64, max_length=512, token_names=None, **kwargs):
         super().__init__(image_processor, tokenizer)
+        self.token_names = token_names  # our names of the special tokens -> the tokenizer's, where they differ
         self.num_queries, self.num_patches, self.target_size, self.max_length = num_queries, num_patches, target_size, max_length
 
     @property
     def layout(self):
-        return SlotLayout(self.tokenizer, self.num_queries, self.num_patches, self.max_length)
+        return SlotLayout(self.tokenizer, self.num_queries, self.num_patches, self.max_length, self.token_names)
 
     def pixels(self, pictures):
         """PIL pictures -> CLIP-normalised float32 [n, 3, S, S]."""

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['ALIGN', 'STAGES', 'step_generator', 'learning_rate_at', 'average_into', 'trainable_state', 'load_trainable',
-           'save_state', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage', 'set_trainable',
-           'FeatureCache', 'Ref', 'Mixture', 'run_stage', 'train']
+           'save_state', 'write_folder', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage',
+           'set_trainable', 'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
 
 # %% ../nbs/10_training.ipynb #63c9d16e
 import copy
 import json
 import math
 import random
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from tqdm.auto import tqdm
 
 from .data import World, definition_split, load, read_definitions
 from .documents import picture_tensor
-from .tokenization import collate
+from .language import pack
+from .tokenization import Sequence, collate, encode_text
+from .vision import clip_normalize, jiggle
 
 # %% ../nbs/10_training.ipynb #742cd9bd
 def step_generator(seed, step):
@@ -76,6 +79,20 @@ def save_state(path, state):
         aside.unlink(missing_ok=True)
         raise OSError(f"could not save {path} ({error}); free some space, the last checkpoint is untouched") from error
     aside.replace(path)
+
+
+def write_folder(folder, save):
+    """`save(aside)` writes into a folder beside, which takes the place of `folder` only when it is whole."""
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/10_training.ipynb #36e8e912
 def write_checkpoint(path, model, ema, optimizer, history):
@@ -158,7 +175,8 @@ def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=1
 # %% ../nbs/10_training.ipynb #2fcebea8
 @dataclass(frozen=True)
 class Stage:
-    """What one stage trains, on what, and how. `trains`: names of the model's parts; `mixture`: kind of document -> weight."""
+    """What one stage trains, on what, and how. `trains`: names of the model's parts; `mixture`: kind of document, or `kind/task`, -> weight;
+    `read_last`: whether a picture that ends a document is also read (see `cut_last_picture`)."""
     name: str
     trains: tuple
     mixture: dict
@@ -169,15 +187,17 @@ class Stage:
     image_loss_weight: float = 10.0
     warmup: int = 50
     ema_decay: float = 0.99
+    read_last: bool = True
 
 
-ALIGN = ("visual_projector", "dream_queries", "condition_projector")
+ALIGN = ("visual_projector", "dream_queries", "condition_projector", "pooled_projector")  # the last is there beside an SDXL U-Net only
 STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the miniature are ours
     "mini": (
-        Stage("1-alignment", ALIGN, {"pairs": 0.8, "scenes": 0.2}, 4e-3, 150, 64),
-        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs": 0.5, "articles": 0.2, "scenes": 0.2, "definitions": 0.1}, 1.5e-3, 600, 64),
-        Stage("3-instruction", ALIGN + ("language_model",), {"pairs": 0.25, "articles": 0.15, "scenes": 0.1, "dialogues": 0.25, "edits": 0.1,
-                                                             "subjects": 0.05, "definitions": 0.1}, 1e-3, 260, 64),
+        Stage("1-alignment", ALIGN, {"pairs/draw": 0.5, "pairs/caption": 0.3, "scenes": 0.2}, 4e-3, 200, 64, read_last=False),
+        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.43, "pairs/caption": 0.15, "articles": 0.1, "scenes": 0.12, "definitions": 0.2},
+              1.5e-3, 3600, 64, ema_decay=0.998, read_last=False),
+        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.15, "pairs/caption": 0.1, "articles": 0.08, "scenes": 0.05, "dialogues": 0.36,
+                                                             "edits": 0.09, "subjects": 0.03, "definitions": 0.14}, 1e-3, 1200, 64, ema_decay=0.997),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),
@@ -189,26 +209,36 @@ STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the min
 
 # %% ../nbs/10_training.ipynb #7d3dc556
 def set_trainable(model, stage):
-    """Only the stage's parts require gradients. Gradients still pass through the frozen U-Net to the conditions."""
+    """Only the stage's parts require gradients; of a language model with LoRA only its LoRA. Gradients still pass through the frozen U-Net to the
+    conditions."""
+    lora = any("lora_" in name for name, _ in model.named_parameters())
     for name, p in model.named_parameters():
-        p.requires_grad_(name.split(".")[0] in stage.trains)
+        part = name.split(".")[0]
+        p.requires_grad_(part in stage.trains and (part != "language_model" or not lora or "lora_" in name))
     model.config.lm_loss_weight, model.config.image_loss_weight = stage.lm_loss_weight, stage.image_loss_weight
 
 # %% ../nbs/10_training.ipynb #bcf310f5
 class FeatureCache:
-    """What the frozen parts say of every picture, computed once: CLIP features [n, N, V] and the VAE's posterior (mean, std) [n, Z, h, w]."""
-    def __init__(self, model, processor, world, refs, batch=64, progress=False):
+    """What the frozen parts say of every picture, computed once: CLIP features [n, views, N, V] and the VAE's posterior (mean, std) [n, Z, h, w].
+
+    `views`: the picture itself and `views - 1` jiggled copies, of which training reads a random one."""
+    def __init__(self, model, processor, world, refs, batch=64, progress=False, views=1):
         self.index, features, moments = {ref: i for i, ref in enumerate(refs)}, [], []
         with torch.no_grad():
             for start in tqdm(range(0, len(refs), batch), desc="frozen features", disable=not progress):
                 pictures = [world.picture(ref.ref) for ref in refs[start:start + batch]]
-                features.append(model.encode_images(processor.pixels(pictures)).half())
-                posterior = model.vae.encode(torch.stack([picture_tensor(p, processor.target_size) for p in pictures])).latent_dist
+                pixels = torch.stack([picture_tensor(p, processor.target_size) for p in pictures])
+                seen = [processor.pixels(pictures)] + [clip_normalize(jiggle(pixels, step_generator(view, start))) for view in range(1, views)]
+                features.append(torch.stack([model.encode_images(view).half() for view in seen], 1))
+                posterior = model.vae.encode(pixels).latent_dist
                 moments.append(torch.stack([posterior.mean, posterior.std], 1) * model.vae.config.scaling_factor)
         self.features, self.moments = torch.cat(features), torch.cat(moments)
 
-    def images(self, refs):
-        return self.features[[self.index[r] for r in refs]].float()
+    def images(self, refs, generator=None):
+        """CLIP features [len(refs), N, V] of the pictures themselves; of random views if a generator is given."""
+        rows = torch.tensor([self.index[r] for r in refs])
+        views = torch.randint(self.features.shape[1], rows.shape, generator=generator) if generator else torch.zeros_like(rows)
+        return self.features[rows, views].float()
 
     def latents(self, refs, generator):
         mean, std = self.moments[[self.index[r] for r in refs]].unbind(1)
@@ -221,33 +251,54 @@ class Ref:
     ref: str
 
 
+def cut_last_picture(row, block):
+    """A `Sequence` without the image block (`block` tokens) and the end that follow its last drawing: nothing comes after to read them, so the
+    drawing's loss stays exactly the same, at half the length of a pair. The `</s>` behind it goes too. What does not end with a drawing is returned as it is."""
+    drawn = row.targets and row.images and row.targets[-1] is row.images[-1] and len(row.input_ids) > block and not row.truncated
+    if not drawn or any(label != -100 for label in row.labels[-block - 1:-1]):
+        return row
+    return replace(row, input_ids=row.input_ids[:-block - 1], labels=row.labels[:-block - 1], images=row.images[:-1])
+
+
 class Mixture:
-    """Encoded training documents of several kinds. A batch holds documents of one kind, so little of it is padding."""
+    """Encoded training documents of several kinds (`pairs`) or kinds and tasks (`pairs/draw`). A batch holds documents of one kind, so little of it
+    is padding."""
     def __init__(self, processor, world, kinds, split="train"):
         self.world, self.pad, self.rows = world, processor.layout.id["<pad>"], {}
         layout = processor.layout
-        for kind in kinds:
+        self.block = len(layout.image_block())
+        for key in kinds:
+            kind, _, task = key.partition("/")
             if kind == "definitions":
-                lines = definition_split(read_definitions())[0]
-                self.rows[kind] = [layout.encode([line]) for line in random.Random(0).sample(lines, 20000)]
-            else:
-                recipes = load(kind, split, world)
-                self.rows[kind] = [layout.encode([Ref(p["picture"]) if p["picture"] else p["text"] for p in r["parts"]], r["given"]) for r in recipes]
+                self.rows[key] = self.windows(layout, random.Random(0).sample(definition_split(read_definitions())[0], 50_000))
+                continue
+            recipes = [r for r in load(kind, split, world) if task in ("", r["task"])]
+            if not recipes:
+                raise ValueError(f"{key}: no document of that task in the split {split!r}")
+            self.rows[key] = [layout.encode([Ref(p["picture"]) if p["picture"] else p["text"] for p in r["parts"]], r["given"]) for r in recipes]
+
+    def windows(self, layout, lines, length=128):
+        """Texts end to end, cut into rows of equal length: no padding, as in the language model's own pretraining."""
+        stream = pack([encode_text(layout.tokenizer, line) for line in lines], layout.id["<s>"], layout.id["</s>"])
+        rows = stream[:len(stream) // length * length].view(-1, length).tolist()
+        return [Sequence(row, row, [], []) for row in rows]
 
     def refs(self):
         """Every picture that a document of the mixture needs."""
         return sorted({ref for rows in self.rows.values() for row in rows for ref in row.images + row.targets}, key=lambda r: r.ref)
 
-    def batch(self, weights, size, cache, generator):
-        """Model inputs of `size` documents of one kind (a third as many of articles, which hold three pictures each)."""
+    def batch(self, weights, size, cache, generator, read_last=True):
+        """Model inputs of `size` documents of one kind (a third as many of articles and definitions, which are three times as long)."""
         kinds = list(weights)
-        kind = kinds[torch.multinomial(torch.tensor([weights[k] for k in kinds]), 1, generator=generator)]
-        size = size // 3 if kind == "articles" else size
+        kind = kinds[torch.multinomial(torch.tensor([float(weights[k]) for k in kinds]), 1, generator=generator)]
+        size = size // 3 if kind in ("articles", "definitions") else size
         rows = [self.rows[kind][i] for i in torch.randint(len(self.rows[kind]), (size,), generator=generator)]
+        if not read_last:
+            rows = [cut_last_picture(row, self.block) for row in rows]
         batch = collate(rows, self.pad)
         images, targets = [r for row in rows for r in row.images], [r for row in rows for r in row.targets]
         if images:
-            batch["image_features"] = cache.images(images)
+            batch["image_features"] = cache.images(images, generator)
         if targets:
             batch["latents"] = cache.latents(targets, generator)
         return batch
@@ -259,7 +310,8 @@ def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, pro
     model.unet.to(memory_format=torch.channels_last)
 
     def loss_of_step(model, step, generator):
-        out = model(**mixture.batch(stage.mixture, stage.batch, cache, generator), generator=generator)
+        batch = mixture.batch(stage.mixture, stage.batch, cache, generator, stage.read_last)
+        out = model(**batch, generator=generator, labelled_only=True)
         found = {"loss": out.loss, "lm_loss": out.lm_loss, "image_loss": out.image_loss}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -271,13 +323,13 @@ def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, pro
     return history
 
 # %% ../nbs/10_training.ipynb #5e5a6db6
-def train(model, processor, stages, world=None, folder=None, steps=None, seed=0, progress=True, after_stage=None):
-    """All stages in order, on features computed once. With `folder` every stage resumes where it stopped.
+def train(model, processor, stages, world=None, folder=None, steps=None, seed=0, progress=True, after_stage=None, views=1):
+    """All stages in order, on features computed once (`views` of every picture). With `folder` every stage resumes where it stopped.
 
     `steps`: overrides for each stage's number of steps; `after_stage(stage, model, history)` is called between stages. Returns the histories."""
     world = world or World()
     mixture = Mixture(processor, world, sorted({kind for stage in stages for kind in stage.mixture}))
-    cache = FeatureCache(model, processor, world, mixture.refs(), progress=progress)
+    cache = FeatureCache(model, processor, world, mixture.refs(), progress=progress, views=views)
     histories = []
     for i, stage in enumerate(stages):
         histories.append(run_stage(model, stage, mixture, cache, folder, steps and steps[i], seed + i, progress))

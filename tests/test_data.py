@@ -70,9 +70,24 @@ def test_counts(world, pixels):
 def test_definitions_are_wordnet_and_split_without_overlap():
     lines = read_definitions()
     train, held = definition_split(lines)
-    assert len(lines) > 117_000 and len(held) == -(-len(lines) // 50) and len(train) + len(held) == len(lines)
+    assert len(lines) > 117_000 and 2_200 < len(held) <= -(-len(lines) // 50) and len(train) + len(held) == len(lines)
+    assert set(held) <= set(lines[::50]), "what is held out was never among the lines that the shipped parts learned from"
     assert all(": " in line for line in lines[:2000])
     assert any(line.startswith("entity: ") for line in lines[:5])
+
+
+def test_no_held_out_definition_is_learned_elsewhere(world):
+    meaning = lambda line: line.split(": ", 1)[1]
+    train, held = definition_split(read_definitions())
+    held = set(map(meaning, held))
+    assert not held & set(map(meaning, train))
+    written = "\n".join(part["text"] for row in load("articles", "train", world) for part in row["parts"])
+    assert not [text for text in held if f": {text}." in written]
+
+
+def test_an_alias_of_another_concept_is_no_drawing():
+    styles = {row["name"]: row["styles"] for row in map(json.loads, (DATA / "concepts.jsonl").read_text(encoding="utf8").splitlines())}
+    assert "emojitwo" in styles["cricket game"] and "emojitwo" not in styles["cricket"] and "noto-v1" not in styles["cricket"]
 
 
 def test_sizes():

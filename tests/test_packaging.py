@@ -21,7 +21,7 @@ import dreamllm_edu
 from dreamllm_edu.documents import Document, Dream, picture_tensor
 
 PACKAGE = ROOT / "dreamllm_edu"
-ROOMS = ["documents", "data", "tokenization", "language", "vision", "diffusion", "queries", "losses", "model", "generation", "training", "evaluation", "pretraining", "demo", "cli"]
+ROOMS = ["documents", "data", "tokenization", "language", "vision", "diffusion", "queries", "losses", "model", "generation", "training", "evaluation", "pretraining", "demo", "official", "cli"]
 DIRECT = {"torch", "transformers", "diffusers", "datasets", "accelerate", "einops", "matplotlib", "safetensors", "pillow", "tqdm"}
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf8")
@@ -172,12 +172,6 @@ def test_shipped_weights_are_whole_small_and_half():
                 assert tensor.dtype in (torch.float16, torch.int64), f"{path.parent.name}: {name} is {tensor.dtype}"
 
 
-# Bounds that the first, short training misses. They stand as they were written; `strict` turns the suite red as soon as new weights meet one.
-def missed(why):
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"first weights: {why}")
-
-
-@missed("48.6 MB")
 def test_shipped_weights_take_at_most_48_mb():
     size = sum(path.stat().st_size for path in (PACKAGE / "weights").rglob("*") if path.is_file())
     assert size <= 48e6, f"{size / 1e6:.1f} MB of weights"
@@ -199,13 +193,16 @@ def test_the_shipped_parts_fit_together(shipped):
 
 
 def test_the_shipped_metrics_bear_out_the_readme():
-    """README says: styles and arrangements better than chance, pictures placed well. Recognisable drawings are not claimed of the first weights."""
+    """README says: pictures are placed and arranged well, seen pictures are named, drawings follow the words, and much is still missed."""
     metrics = json.loads((WEIGHTS / "metrics.json").read_text())
-    assert all(metrics["creation"][split]["style_top1"]["low"] > 1 / 4 for split in ("seen", "held_out_renderings", "held_out_concepts"))
-    assert metrics["scenes"]["relation"]["low"] > 1 / 4 and metrics["layout"]["f1"] > 0.9
+    creation = metrics["creation"]
+    for split in ("seen", "held_out_renderings"):
+        assert creation[split]["concept_top1"]["low"] > creation["baseline_shuffled"][split]["concept_top1"]["high"], split
+        assert creation[split]["style_top1"]["low"] > 1 / 4, split
+    assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["f1"] > 0.95
+    assert metrics["comprehension"]["caption_top1"]["seen"]["low"] > 0.85 and metrics["comprehension"]["vqa"]["count"]["low"] > 0.95
 
 
-@missed("2 of 6")
 def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(shipped, world):
     """A wide margin, not a benchmark: drawings of seen wishes are nearer to their own real drawing than to the others'."""
     model, processor = shipped
@@ -231,6 +228,5 @@ def test_the_shipped_judge_knows_real_drawings(world):
     assert judged_noto(world)[0] > 0.6
 
 
-@missed("0.65 on Noto")
 def test_the_shipped_judge_knows_styles(world):
     assert judged_noto(world)[1] > 0.8
