@@ -8,7 +8,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 
 import dreamllm_edu.generation
 from dreamllm_edu.demo import model_card, save_for_hub
-from dreamllm_edu.documents import Document, Dream
+from dreamllm_edu.data import World
+from dreamllm_edu.documents import Document
 from dreamllm_edu.model import DreamLLM, mini, mini_processor
 from dreamllm_edu.training import STAGES, set_trainable
 
@@ -22,25 +23,24 @@ def hub(tmp_path_factory):
     return folder
 
 
-def batch(model, processor):
-    found = processor([Document(["red apple in Noto style:", Document_picture()], 1)])
+def batch(processor):
+    found = processor([Document(["red apple in Noto style:", apple()], 1)])
     return {k: v for k, v in found.items()}
 
 
-def Document_picture():
-    from dreamllm_edu.data import World
+def apple():
     world = World()
     return world.picture(f"noto/{world.by_name['red apple']['key']}")
 
 
 def test_auto_classes_load_the_folder(hub):
     processor = AutoProcessor.from_pretrained(hub, local_files_only=True)
-    inputs = batch(None, processor)
+    inputs = batch(processor)
     wanted = mini()(**inputs, generator=torch.Generator().manual_seed(0)).loss
     for auto in (AutoModel, AutoModelForImageTextToText):
         model = auto.from_pretrained(hub, local_files_only=True)
         assert isinstance(model, DreamLLM)
-        assert torch.equal(model.eval()(**inputs, generator=torch.Generator().manual_seed(0)).loss, wanted)
+        assert torch.allclose(model.eval()(**inputs, generator=torch.Generator().manual_seed(0)).loss, wanted, atol=1e-4)
 
 
 def test_the_card_is_written_from_measured_numbers(hub):
@@ -52,10 +52,12 @@ def test_the_card_is_written_from_measured_numbers(hub):
 def test_dtype_and_device_map(hub):
     model = DreamLLM.from_pretrained(hub, dtype=torch.bfloat16, device_map={"": "cpu"})
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    loss = model.train()(**batch(mini_processor()), generator=torch.Generator().manual_seed(0)).loss
+    assert torch.isfinite(loss)
 
 
 def test_attention_is_chosen_by_the_config(hub):
-    inputs = batch(None, mini_processor())
+    inputs = batch(mini_processor())
     found = {}
     for kind in ("eager", "sdpa"):
         model = DreamLLM.from_pretrained(hub, attn_implementation=kind).eval()
@@ -65,17 +67,19 @@ def test_attention_is_chosen_by_the_config(hub):
     assert (found["eager"] - found["sdpa"]).abs().max() < 1e-3
 
 
-def test_gradient_checkpointing_changes_memory_not_gradients():
-    inputs, model = batch(None, mini_processor()), mini()
+def test_gradient_checkpointing_computes_again_and_changes_no_gradient():
+    inputs, model = batch(mini_processor()), mini()
     set_trainable(model, STAGES["mini"][1])
+    first, calls = model.language_model.model.layers[0].mlp, []
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
     def gradients():
         model.zero_grad()
         model.train()(**inputs, generator=torch.Generator().manual_seed(0)).loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    plain = gradients()
+    plain, once = gradients(), len(calls)
     model.gradient_checkpointing_enable()
-    assert model.is_gradient_checkpointing
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradients()))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, gradients()))
+    assert len(calls) == 3 * once, "forward, and once more on the way back"
 
 
 def test_generation_config():
@@ -88,10 +92,10 @@ def test_generation_config():
     assert sampled[0] != sampled[1]
 
 
-def test_lora_trains_little_and_saves_less():
+def test_lora_trains_little():
     peft = pytest.importorskip("peft")
     model = mini()
-    inputs = batch(None, mini_processor())
+    inputs = batch(mini_processor())
     with torch.no_grad():
         before = model.eval()(**inputs).logits
     model.language_model = peft.get_peft_model(model.language_model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
