@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from .data import HERE
 from .losses import denoising_loss, min_snr_weights
 from .queries import ConditionProjector, DreamQueries, slots_after, splice
-from .tokenization import DreamLLMProcessor
+from .tokenization import DreamLLMProcessor, later
 from .vision import VisualProjector, patch_features
 
 # %% ../nbs/08_model.ipynb #ea597081
@@ -132,6 +132,10 @@ def _patch(cls):
         setattr(cls, function.__name__, function)
         return function
     return add
+
+
+DreamLLM.generate = later("generation", "generate")
+DreamLLM.from_official, DreamLLM.save_official = classmethod(later("official", "from_official")), later("official", "save_official")
 
 
 @_patch(DreamLLM)

@@ -1,6 +1,8 @@
 """The official code's numbers, on the tiny model that computed them."""
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -691,3 +693,19 @@ def test_more_tokens_than_the_context():
 def test_a_model_of_ours_has_no_official_form(tmp_path):
     with pytest.raises(ValueError, match="only a model from from_official"):
         DreamLLM(sdxl_config()).save_official(tmp_path)
+
+
+def test_the_methods_are_there_without_further_imports(tmp_path):
+    """Whoever imports only the class can load, write, generate."""
+    code = f"""
+from dreamllm_edu.model import DreamLLM
+from dreamllm_edu.tokenization import DreamLLMProcessor
+from dreamllm_edu.documents import Document
+model = DreamLLM.from_official({str(GOLDEN / 'checkpoint')!r}, base={str(GOLDEN)!r})
+processor = DreamLLMProcessor.from_official({str(GOLDEN / 'checkpoint')!r}, base={str(GOLDEN)!r})
+model.save_official('out')
+print(type(model.generate(Document(['a cat']), processor, max_new_tokens=1, max_pictures=0)).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "Document", done.stderr[-500:]
+    assert (tmp_path / "out/model.safetensors").exists()
