@@ -24,9 +24,9 @@ from .data import (JUDGE_ONLY, SCENE_NAMES, STYLES, World, articles, caption, de
 from .diffusion import decode_latents, sample_latents, to_pictures
 from .documents import Document, Dream, picture_tensor
 from .language import pack, perplexity
-from .model import checked_tensors
+from .model import checked_tensors, write_folder
 from .tokenization import caption_ids, encode_text
-from .training import fit, write_folder
+from .training import fit
 from .vision import jiggle, text_embeds
 
 # %% ../nbs/11_evaluation.ipynb #38e8305a

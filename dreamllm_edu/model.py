@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'DreamLLMConfig', 'DreamLLMOutput', 'DreamLLM', 'encode_images', 'encode_latents', 'blocks_by_row', 'embed',
            'null_condition', 'image_loss_of', 'added_conditions', 'draws', 'forward', 'quiet', 'plain_config',
-           'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained', 'mini', 'save_pretrained',
-           'from_pretrained', 'mini_processor']
+           'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained', 'mini', 'write_folder',
+           'save_pretrained', 'from_pretrained', 'mini_processor']
 
 # %% ../nbs/08_model.ipynb #4116f0fb
 import functools
@@ -380,18 +380,23 @@ def mini(trained=True, parts=None, **options):
     return load_trained(model, parts / "dreamllm" / "trained.safetensors") if trained else model
 
 # %% ../nbs/08_model.ipynb #daa5947a
-def save_pretrained(self, folder, **kwargs):
-    """Save config and safetensors: written into a folder beside, then moved, so that a full disk leaves the old checkpoint whole."""
+def write_folder(folder, save):
+    """`save(aside)` writes into a folder beside; only when it is whole its files take their places in `folder`, where all other files stay."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as aside:
         try:
-            PreTrainedModel.save_pretrained(self, aside, **kwargs)
+            save(Path(aside))
         except (OSError, SafetensorError) as error:
             raise OSError(f"could not save to {folder} ({error}); free some space, what was there is untouched") from error
         folder.mkdir(exist_ok=True)
         for path in Path(aside).iterdir():
             shutil.move(path, folder / path.name)
+
+
+def save_pretrained(self, folder, **kwargs):
+    """Save config and safetensors, so that a full disk leaves the old checkpoint whole."""
+    write_folder(folder, lambda aside: PreTrainedModel.save_pretrained(self, aside, **kwargs))
 
 
 DreamLLM.save_pretrained = save_pretrained

@@ -25,9 +25,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from .diffusion import sample_latents
 from .documents import Document
-from .model import DreamLLM, DreamLLMConfig, quiet
+from .model import DreamLLM, DreamLLMConfig, quiet, write_folder
 from .tokenization import DreamLLMProcessor, Sequence, collate
-from .training import STAGES, write_folder
+from .training import STAGES
 
 # %% ../nbs/15_official.ipynb #6cd6dfeb
 PLUGINS = {  # official prefix in one common file -> (its own file, {prefix in that file: prefix here})

@@ -25,9 +25,9 @@ from .language import llama_config, next_token_loss, pack
 from .evaluation import (draw_from_text_encoder, interval, judge_data, judge_pictures, load_judge, score_creation, train_judge,
                                      wishes)
 from .losses import denoising_loss
-from .model import quiet
+from .model import quiet, write_folder
 from .tokenization import caption_ids, encode_text, train_tokenizer
-from .training import fit, write_folder
+from .training import fit
 from .vision import clip_config, clip_normalize, contrastive_loss, erase, jiggle, text_embeds
 
 # %% ../nbs/12_pretraining.ipynb #59044d73

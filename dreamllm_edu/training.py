@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['ALIGN', 'STAGES', 'step_generator', 'learning_rate_at', 'average_into', 'trainable_state', 'load_trainable',
-           'save_state', 'write_folder', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage',
-           'set_trainable', 'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
+           'save_state', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage', 'set_trainable',
+           'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
 
 # %% ../nbs/10_training.ipynb #63c9d16e
 import copy
 import json
 import math
 import random
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,20 +78,6 @@ def save_state(path, state):
         aside.unlink(missing_ok=True)
         raise OSError(f"could not save {path} ({error}); free some space, the last checkpoint is untouched") from error
     aside.replace(path)
-
-
-def write_folder(folder, save):
-    """`save(aside)` writes into a folder beside, which takes the place of `folder` only when it is whole."""
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        save(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.replace(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/10_training.ipynb #36e8e912
 def write_checkpoint(path, model, ema, optimizer, history):

@@ -672,7 +672,7 @@ def test_parts_beside_the_checkpoint_need_no_base(tmp_path):
     assert DreamLLMProcessor.from_official(GOLDEN / "checkpoint").num_patches == 4
 
 
-def test_bf16_trains_and_draws(processor):
+def test_bf16_trains():
     model, inputs = official().bfloat16(), batch()
     assert torch.isfinite(model.train()(**inputs, generator=torch.Generator().manual_seed(0)).loss)
 
@@ -703,9 +703,12 @@ from dreamllm_edu.tokenization import DreamLLMProcessor
 from dreamllm_edu.documents import Document
 model = DreamLLM.from_official({str(GOLDEN / 'checkpoint')!r}, base={str(GOLDEN)!r})
 processor = DreamLLMProcessor.from_official({str(GOLDEN / 'checkpoint')!r}, base={str(GOLDEN)!r})
+import pathlib
+pathlib.Path('out').mkdir()
+pathlib.Path('out/tokenizer.model').write_text('mine')
 model.save_official('out')
 print(type(model.generate(Document(['a cat']), processor, max_new_tokens=1, max_pictures=0)).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "Document", done.stderr[-500:]
-    assert (tmp_path / "out/model.safetensors").exists()
+    assert (tmp_path / "out/model.safetensors").exists() and (tmp_path / "out/tokenizer.model").read_text() == "mine", "what lay there stays"

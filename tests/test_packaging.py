@@ -199,6 +199,7 @@ def test_the_shipped_metrics_bear_out_the_readme():
     for split in ("seen", "held_out_renderings"):
         assert creation[split]["concept_top1"]["low"] > creation["baseline_shuffled"][split]["concept_top1"]["high"], split
         assert creation[split]["style_top1"]["low"] > 1 / 4, split
+    assert creation["held_out_concepts"]["style_top1"]["low"] > 1 / 4
     assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["f1"] > 0.95
     assert metrics["comprehension"]["caption_top1"]["seen"]["low"] > 0.85 and metrics["comprehension"]["vqa"]["count"]["low"] > 0.95
 
