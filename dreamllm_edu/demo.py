@@ -92,7 +92,7 @@ def quick_training(processor, judge, world, steps=DEMO_STEPS, progress=True, n=6
 
 
 def quick_scores(model, processor, judge, world, n):
-    """The metrics that are cheap enough to take of a model that trains for two minutes."""
+    """The metrics that are cheap enough to take of a model that trains for a few minutes."""
     creation = measure_creation(model, processor, judge, world, n)
     return {"creation": creation, "comprehension": measure_comprehension(model, processor, world, n), "layout": score_layout(model, processor, world, 10)}
 
@@ -243,7 +243,7 @@ def peak_mb():
 
 
 def demo(out="_demo", n=150, progress=True):
-    """The main job: learn for two minutes, measure the shipped miniature, write the page. Returns the metrics, also written to `metrics.json`."""
+    """The main job: learn for five minutes, measure the shipped miniature, write the page. Returns the metrics, also written to `metrics.json`."""
     out, began, seconds = Path(out), time.time(), {}
     out.mkdir(parents=True, exist_ok=True)
     world, processor, judge = World(), mini_processor(), load_judge(WEIGHTS / "mini" / "judge")
