@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from .diffusion import denoising_target
 
 # %% ../nbs/07_losses.ipynb #4218e878
-def denoising_loss(unet, scheduler, latents, condition, noise, timesteps, perturbation=None, weights=None, **added):
-    """Conditional denoising loss, DreamLLM eq. (4): mean over pictures and positions of |U-Net(z_t; C, t) - target|^2.
+def denoising_loss(unet, scheduler, latents, condition, noise, timesteps, perturbation=None, weights=None, reduction="mean", **added):
+    """Conditional denoising loss, DreamLLM eq. (4): mean over pictures and positions of |U-Net(z_t; C, t) - target|^2; with `reduction="none"` one
+    loss for each picture, [B].
 
     `latents`, `noise`: [B, Z, h, w]; `condition`: [B, L, C]; `timesteps`: int64 [B]. `perturbation` [B, Z, h, w] is added to the noise that the
     U-Net sees, not to the one that it should find (Ning et al. 2023); `weights` [B] weigh the pictures; `added`: further inputs of the U-Net.
@@ -21,9 +22,9 @@ def denoising_loss(unet, scheduler, latents, condition, noise, timesteps, pertur
     noisy = scheduler.add_noise(latents, noise if perturbation is None else noise + perturbation, timesteps)
     out = unet(noisy, timesteps, encoder_hidden_states=condition, **added).sample
     target = denoising_target(scheduler, latents, noise, timesteps).float()
-    if weights is None:
-        return F.mse_loss(out.float(), target)
-    return ((out.float() - target).square().flatten(1).mean(1) * weights).mean()
+    losses = (out.float() - target).square().flatten(1).mean(1)
+    losses = losses if weights is None else losses * weights
+    return losses if reduction == "none" else losses.mean()
 
 
 def min_snr_weights(scheduler, timesteps, gamma, compat=None):

@@ -71,10 +71,12 @@ class DreamLLMConfig(PreTrainedConfig):
 @dataclass
 class DreamLLMOutput(ModelOutput):
     """`loss` = lm_weight * `lm_loss` + image_weight * `image_loss`; `logits` [B, T, V], or [n, V] with `labelled_only`; `conditions`
-    [n, Q, C]."""
+    [n, Q, C]. `token_losses` [labelled tokens] and `picture_losses` [n] are what the two losses are the means of."""
     loss: Optional[torch.Tensor] = None
     lm_loss: Optional[torch.Tensor] = None
     image_loss: Optional[torch.Tensor] = None
+    token_losses: Optional[torch.Tensor] = None
+    picture_losses: Optional[torch.Tensor] = None
     logits: Optional[torch.Tensor] = None
     last_hidden_state: Optional[torch.Tensor] = None
     conditions: Optional[torch.Tensor] = None
@@ -173,7 +175,7 @@ def embed(self, input_ids, image_features=None, splice_queries=True):
     if len(rows) != found:
         raise ValueError(f"{len(rows)} image blocks in the tokens (by document: {blocks_by_row(rows, input_ids)}), but {found} pictures; every picture "
                          "needs its own block, in order")
-    if found:
+    if image_features is not None:  # also none at all, [0, N, V]: then the projector's gradient is zero, not missing
         embeddings = splice(embeddings, rows, columns, self.visual_projector(image_features))
     return embeddings
 
@@ -190,13 +192,15 @@ def null_condition(self):
 
 
 @_patch(DreamLLM)
-def image_loss_of(self, conditions, latents, noise, timesteps, drop_mask, perturbation=None):
-    """Denoising loss of the conditions [n, Q, C]; where `drop_mask` is true the null condition takes their place, so that guidance is trained."""
-    if drop_mask is not None and drop_mask.any():
-        conditions = torch.where(drop_mask.view(-1, 1, 1), self.null_condition(), conditions)
+def image_loss_of(self, conditions, latents, noise, timesteps, drop_mask, perturbation=None, null=None, reduction="mean"):
+    """Denoising loss of the conditions [n, Q, C]; where `drop_mask` is true the null condition takes their place, so that guidance is trained.
+    `null` [1, Q, C]: that condition, if it is known already. `reduction="none"`: one loss for each picture, [n]."""
+    if drop_mask is not None and (null is not None or drop_mask.any()):
+        conditions = torch.where(drop_mask.view(-1, 1, 1), self.null_condition() if null is None else null, conditions)
     gamma = self.config.snr_gamma
     weights = None if gamma is None else min_snr_weights(self.scheduler, timesteps, gamma, self.config.compat)
-    return denoising_loss(self.unet, self.scheduler, latents, conditions, noise, timesteps, perturbation, weights, **self.added_conditions(conditions))
+    return denoising_loss(self.unet, self.scheduler, latents, conditions, noise, timesteps, perturbation, weights, reduction,
+                          **self.added_conditions(conditions))
 
 
 @_patch(DreamLLM)
@@ -231,11 +235,12 @@ def draws(self, latents, generator, noise, timesteps, drop_mask, offset_noise=No
 @_patch(DreamLLM)
 def forward(self, input_ids, attention_mask=None, labels=None, pixel_values=None, target_pixel_values=None, image_features=None, latents=None,
             vae_noise=None, noise=None, offset_noise=None, perturbation_noise=None, timesteps=None, condition_drop_mask=None, generator=None,
-            position_ids=None, labelled_only=False, **kwargs):
+            position_ids=None, labelled_only=False, null_included=False, **kwargs):
     """Losses of a batch. Frozen features may be given instead of pictures: `image_features` for `pixel_values`, `latents` for `target_pixel_values`.
 
     `input_ids`, `attention_mask`, `labels` [B, T] (-100 is ignored); every random draw may be given. `labelled_only` makes logits [n, V]
-    only where a label is, which training needs and no more. Raises `ValueError` if pictures and slots differ in number."""
+    only where a label is, which training needs and no more. `null_included`: the last dream block is the empty prompt, which has no target and gives
+    the null condition. Raises `ValueError` if pictures and slots differ in number."""
     longest = self.config.text_config.max_position_embeddings
     if input_ids.shape[1] > longest:
         raise ValueError(f"{input_ids.shape[1]} tokens, the context holds {longest}; encode documents with a processor, which cuts between blocks")
@@ -247,28 +252,32 @@ def forward(self, input_ids, attention_mask=None, labels=None, pixel_values=None
     embeddings = self.embed(input_ids, image_features, splice_queries=not as_official or latents is not None)
     states = self.language_model.model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
     logits = None if labelled_only else self.language_model.lm_head(states)
-    lm_loss = image_loss = None
+    lm_loss = image_loss = token_losses = picture_losses = null = None
     if labels is not None:
         learned = labels[:, 1:] != -100
         found = logits[:, :-1][learned] if logits is not None else self.language_model.lm_head(states[:, :-1][learned])
-        lm_loss = F.cross_entropy(found.float(), labels[:, 1:][learned], reduction="sum")
-        lm_loss = lm_loss / learned.sum().clamp(min=1)  # a batch without text to learn has loss 0, not NaN
+        token_losses = F.cross_entropy(found.float(), labels[:, 1:][learned], reduction="none")
+        lm_loss = token_losses.sum() / learned.sum().clamp(min=1)  # a batch without text to learn has loss 0, not NaN
         logits = found if logits is None else logits
     rows = columns = torch.zeros(0, dtype=torch.long)
     if latents is not None or not as_official:
         rows, columns = slots_after(input_ids, self.config.dream_start_id, self.config.num_queries)
     conditions = self.condition_projector(states[rows, columns]) if len(rows) else None
+    if null_included:
+        rows, conditions, null = rows[:-1], conditions[:-1], conditions[-1:]
     if latents is not None:
         if len(rows) != len(latents):
             raise ValueError(f"{len(rows)} dream blocks in the tokens (by document: {blocks_by_row(rows, input_ids)}), but {len(latents)} target pictures; "
                              "every target needs its own block, in order")
         if self.training or not as_official:
             drawn = self.draws(latents, generator, noise, timesteps, condition_drop_mask, offset_noise, perturbation_noise)
-            image_loss = self.image_loss_of(conditions, latents, *drawn)
+            picture_losses = self.image_loss_of(conditions, latents, *drawn, null, "none")
+            image_loss = picture_losses.mean()
     weighted = ((self.config.lm_loss_weight, lm_loss), (self.config.image_loss_weight, image_loss))
     loss = sum(weight * part for weight, part in weighted if part is not None)
-    return DreamLLMOutput(loss=loss if torch.is_tensor(loss) else None, lm_loss=lm_loss, image_loss=image_loss, logits=logits,
-                          last_hidden_state=states, conditions=conditions)
+    return DreamLLMOutput(loss=loss if torch.is_tensor(loss) else None, lm_loss=lm_loss, image_loss=image_loss, token_losses=token_losses,
+                          picture_losses=picture_losses, logits=logits, last_hidden_state=states,
+                          conditions=conditions if null is None else torch.cat([conditions, null]))
 
 # %% ../nbs/08_model.ipynb #6507547a
 WEIGHTS = HERE / "weights"

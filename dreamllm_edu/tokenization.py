@@ -79,14 +79,15 @@ class SlotLayout:
         return [self.id["<dream_start>"]] + [self.id["<dream_query>"]] * self.num_queries + [self.id["<dream_end>"]]
 
     def encode(self, parts, given=0, name="document", add_eos=True, truncate=True):
-        """A `Sequence` of at most `max_length` tokens. `parts`: str, `Dream()`, or anything else, which is a picture or stands for one.
+        """A `Sequence` of at most `max_length` tokens. `parts`: str, `Dream()`, or anything else, which is a picture or stands for one. `given`: how many
+        parts are given at the start, or for every part whether it is (the turns of a dialogue alternate).
 
         Longer documents end before the first block that does not fit, or inside a text; a block is never cut. With `truncate=False` they
         raise `ValueError`."""
         out = Sequence([self.id["<s>"]], [-100], [], [])
         room = self.max_length - 1 - add_eos
-        for i, part in enumerate(parts):
-            learn = i >= given
+        learned = [i >= given for i in range(len(parts))] if isinstance(given, int) else [not g for g in given]
+        for i, (part, learn) in enumerate(zip(parts, learned, strict=True)):
             if isinstance(part, str):
                 ids = self.text_ids(part)
                 labels = list(ids) if learn else [-100] * len(ids)
@@ -112,7 +113,7 @@ class SlotLayout:
                     out.targets.append(part)
         if add_eos:
             out.input_ids.append(self.id["</s>"])
-            out.labels.append(self.id["</s>"] if len(parts) > given else -100)
+            out.labels.append(self.id["</s>"] if learned and learned[-1] else -100)
         return out
 
 # %% ../nbs/02_tokenization.ipynb #133d86dd

@@ -21,7 +21,8 @@ import dreamllm_edu
 from dreamllm_edu.documents import Document, Dream, picture_tensor
 
 PACKAGE = ROOT / "dreamllm_edu"
-ROOMS = ["documents", "data", "tokenization", "language", "vision", "diffusion", "queries", "losses", "model", "generation", "training", "evaluation", "pretraining", "demo", "official", "cli"]
+ROOMS = ["documents", "data", "tokenization", "language", "vision", "diffusion", "queries", "losses", "model", "generation", "training", "evaluation", "pretraining", "demo", "official",
+         "corpora", "planner", "train", "cli"]
 DIRECT = {"torch", "transformers", "diffusers", "datasets", "accelerate", "einops", "matplotlib", "safetensors", "pillow", "tqdm"}
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf8")

@@ -1,0 +1,86 @@
+"""What `test_ranks.py` runs in every process: the same short trainings, shared in different ways.
+
+    torchrun --nproc-per-node N tests/ranks.py FOLDER PARALLEL..."""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import SENTENCES, PATCHES, QUERIES, CONTEXT, make_tiny
+from safetensors.torch import save_file
+from test_train import QUICK, some_corpora, stage, texts_only
+from torch.distributed.tensor import DTensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from dreamllm_edu.corpora import lanes_of
+from dreamllm_edu.tokenization import DreamLLMProcessor, train_tokenizer
+from dreamllm_edu.train import Steps, rank_and_world, run, save_weights, step_stream
+
+
+def processor():
+    images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    return DreamLLMProcessor(images, train_tokenizer(SENTENCES * 4, vocab_size=300), num_queries=QUERIES, num_patches=PATCHES, max_length=CONTEXT)
+
+
+def corpora():
+    """Texts without pictures among the rest: with one document a rank, some rank has none in nearly every step."""
+    return some_corpora() + [texts_only()]
+
+
+def settings(parallel):
+    return replace(QUICK, parallel=parallel, lanes=4, save_every=3)
+
+
+def keep_weights(model, path):
+    """All that trains, whole and in full precision, for the comparison."""
+    found = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    if rank_and_world()[0] == 0:
+        save_file(found, path)
+
+
+def train_all(folder, parallel):
+    """Five steps of every stage; stage II with a checkpoint after three."""
+    for number in (1, 2, 3):
+        model, there = make_tiny(), folder / f"{parallel}-{rank_and_world()[1]}-stage{number}"
+        run(model, processor(), stage(number, batch=4), corpora(), there, settings(parallel), progress=False)
+        keep_weights(model, there / "weights.safetensors")
+    save_weights(model, folder / f"{parallel}-{rank_and_world()[1]}.safetensors")
+
+
+def resume(source, folder, parallel):
+    """Go on from a copy of the checkpoint after three steps of stage II."""
+    model = make_tiny()
+    run(model, processor(), stage(2, batch=4), corpora(), folder, settings(parallel), progress=False)
+    keep_weights(model, folder / "weights.safetensors")
+
+
+def ranks_without_pictures(world):
+    """How often, in five steps, a rank of `world` has a document but no picture to draw."""
+    steps = [next_steps(rank, world) for rank in range(world)]
+    return sum(not any(item.row.targets for item in items) for share in steps for items in share)
+
+
+def next_steps(rank, world):
+    stream = step_stream(Steps(corpora(), processor(), make_tiny().config, 4, rank, world, read_last=False))
+    return [next(stream)[0] for _ in range(5)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    for job in sys.argv[2:]:
+        if job.startswith("resume:"):
+            resume(None, folder / job.removeprefix("resume:"), "fsdp2")
+        elif job == "die":
+            model = make_tiny()
+            class Death:
+                def log(self, values, step):
+                    if step == 4 and rank_and_world()[0] == 1:
+                        import os
+                        os._exit(9)
+            run(model, processor(), stage(2, batch=4), corpora(), folder / "dead", settings("fsdp2"), progress=False, trackers=[Death()])
+        else:
+            train_all(folder, job)
+    dist.destroy_process_group()

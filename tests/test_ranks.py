@@ -1,0 +1,107 @@
+"""Two and four processes over gloo: FSDP2 = DDP = one process, for every stage; checkpoints of two are read by one and by four; a rank that dies."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import keep_weights, ranks_without_pictures, resume, train_all
+from safetensors.torch import load_file
+from test_train import curve
+
+from dreamllm_edu.train import last_checkpoint, read_log
+
+HERE = Path(__file__).parent
+COLUMNS = ("step", "lr", "lm", "image", "norm", "lm/texts", "image/articles")
+
+
+def launch(world, folder, *jobs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent)}
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(HERE / "ranks.py"), str(folder), *jobs]
+    return subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
+
+
+def without_the_end(source, target):
+    """A copy of a run as it stood after its first checkpoint."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "step-00000005")
+    return target
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All short trainings, once: alone, by two (DDP, FSDP2) and by four (FSDP2, and resumed from two)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    train_all(folder, "single")
+    two = launch(2, folder, "ddp", "fsdp2")
+    assert two.returncode == 0, two.stderr[-3000:]
+    without_the_end(folder / "fsdp2-2-stage2", folder / "by-four")
+    without_the_end(folder / "fsdp2-2-stage2", folder / "by-one")
+    without_the_end(folder / "single-1-stage2", folder / "from-one")
+    four = launch(4, folder, "fsdp2", "resume:by-four", "resume:from-one")
+    assert four.returncode == 0, four.stderr[-3000:]
+    resume(None, folder / "by-one", "single")
+    return folder
+
+
+def same(folder, one, other, tolerance=1e-5):
+    """The largest difference of two curves; asserts that curves and weights agree."""
+    a, b = curve(folder / one, COLUMNS), curve(folder / other, COLUMNS)
+    assert len(a) == len(b) == 5
+    apart = 0.0
+    for x, y in zip(a, b):
+        assert [v is None for v in x.values()] == [v is None for v in y.values()]
+        apart = max(apart, *(abs(x[k] - y[k]) for k in x if x[k] is not None))
+    x, y = (load_file(folder / name / "weights.safetensors") for name in (one, other))
+    assert x.keys() == y.keys()
+    weights = max((x[k] - y[k]).abs().max().item() for k in x)
+    print(f"{one} = {other}: curves differ by {apart:.1e}, weights by {weights:.1e}")
+    assert apart < tolerance and weights < tolerance
+    return apart
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("way", ["ddp-2", "fsdp2-2", "fsdp2-4"])
+def test_sharing_the_work_changes_no_loss_and_no_weight(runs, way, number):
+    same(runs, f"single-1-stage{number}", f"{way}-stage{number}")
+
+
+def test_weights_moved_at_all(runs):
+    from conftest import make_tiny
+
+    before = dict(make_tiny().named_parameters())
+    after = load_file(runs / "fsdp2-4-stage2" / "weights.safetensors")
+    assert max((after[k] - before[k]).abs().max().item() for k in after) > 1e-3
+
+
+def test_some_ranks_had_no_picture():
+    assert ranks_without_pictures(4) >= 2 and ranks_without_pictures(2) >= 1
+
+
+@pytest.mark.parametrize("there", ["by-one", "by-four", "from-one"])
+def test_a_checkpoint_is_read_by_any_number_of_ranks(runs, there):
+    same(runs, "fsdp2-2-stage2", there)
+
+
+def test_sharded_files_hold_shares(runs):
+    files = sorted((runs / "fsdp2-4-stage2" / "step-00000005").glob("rank-*"))
+    whole = (runs / "single-1-stage2" / "step-00000005" / "rank-00000.safetensors").stat().st_size
+    assert len(files) == 4 and max(f.stat().st_size for f in files) < 0.4 * whole
+
+
+def test_gathered_weights_are_a_normal_checkpoint(runs):
+    from conftest import make_tiny
+    from dreamllm_edu.model import load_trained
+
+    model = load_trained(make_tiny(seed=3), runs / "fsdp2-4.safetensors")
+    found = load_file(runs / "fsdp2-4-stage3" / "weights.safetensors")
+    torch.testing.assert_close(model.dream_queries.weight, found["dream_queries.weight"], atol=1e-3, rtol=1e-3)
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
+    ended = launch(2, tmp_path, "die")
+    assert ended.returncode != 0
+    assert last_checkpoint(tmp_path / "dead")[1]["step"] == 3
+    assert [row["step"] for row in read_log(tmp_path / "dead" / "log.jsonl")][:4] == [0, 1, 2, 3]

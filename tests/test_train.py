@@ -1,0 +1,308 @@
+"""Training at full scale, proven on a CPU: every way of sharing the work gives the same numbers; crashes lose nothing; bad input is named."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny
+from safetensors import safe_open
+
+from dreamllm_edu import train as engine
+from dreamllm_edu.corpora import Corpus, Record, emoji
+from dreamllm_edu.train import (FeatureStore, Settings, Steps, fingerprint, first_fit, last_checkpoint, load_checkpoint, main, pack_items, packed_losses, read_log,
+                                read_recipe, run, save_checkpoint, step_stream, train_stage)
+from dreamllm_edu.training import ALIGN, STAGES, Stage
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"pairs/draw": 0.4, "pairs/caption": 0.3, "articles": 0.3}
+
+
+def thin(corpus, every=50):
+    """Every 50th document of a corpus: the tests' encoders are small, the world is not."""
+    return replace(corpus, read=lambda shard: (r for i, r in enumerate(corpus.read(shard)) if i % every == 0))
+
+
+def some_corpora():
+    return [thin(emoji(kind, [kind], weight=weight)) for kind, weight in KINDS.items()]
+
+
+def texts_only(name="texts", n=40):
+    return Corpus(name, ("all",), lambda shard: (Record([f"a line of text, number {i}"], 0, f"{name}:{i}", name) for i in range(n)), 1.0)
+
+
+def stage(number, **options):
+    trains = ALIGN + (() if number == 1 else ("language_model",))
+    return Stage(f"{number}-test", trains, {}, **{"learning_rate": 1e-3, "steps": 5, "batch": 8, "ema_decay": 0.9, "warmup": 1, "read_last": False, **options})
+
+
+QUICK = Settings(lanes=4, save_every=2, log_every=2, room=256)
+
+
+def curve(folder, keys=("step", "lr", "lm", "image", "norm")):
+    return [{key: row.get(key) for key in keys} for row in read_log(Path(folder) / "log.jsonl")]
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- one process
+
+
+def test_first_fit_keeps_every_document_once_and_no_row_overflows():
+    lengths = [5, 3, 8, 1, 1, 7, 2]
+    rows = first_fit(lengths, 8)
+    assert sorted(i for row in rows for i in row) == list(range(7)) and all(sum(lengths[i] for i in row) <= 8 for row in rows)
+    assert len(rows) == 4
+    with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
+        first_fit([9], 8)
+    assert first_fit([], 8) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_documents_and_dice_do_not_depend_on_ranks_or_workers(processor, workers):
+    config = make_tiny().config
+    one = step_stream(Steps(some_corpora(), processor, config, 4, per_lane=2))
+    shares = [step_stream(Steps(some_corpora(), processor, config, 4, rank, 2, 2), workers) for rank in (0, 1)]
+    for _ in range(3):
+        whole = next(one)[0]
+        parts = sorted((item for share in shares for item in next(share)[0]), key=lambda item: item.order)
+        assert [item.name for item in parts] == [item.name for item in whole]
+        assert all(torch.equal(a.dice["noise"], b.dice["noise"]) and torch.equal(a.dice["drop"], b.dice["drop"]) for a, b in zip(parts, whole))
+
+
+def test_a_batch_without_documents_or_pictures_trains_nothing_and_breaks_nothing(processor):
+    model = make_tiny().train()
+    engine.set_trainable(model, stage(2))
+    tokens, pictures, zero = packed_losses(model, model, pack_items([], processor.layout, 64))
+    assert len(tokens) == len(pictures) == 0
+    zero.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None and g.abs().max() == 0 for g in grads.values()), [n for n, g in grads.items() if g is None]
+
+
+def test_unused_pictures_cost_no_encoder_pass(processor, monkeypatch):
+    model, passes = make_tiny(), {"clip": 0, "vae": 0}
+    for key, part in (("clip", model.vision_encoder), ("vae", model.vae.encoder)):
+        part.register_forward_hook(lambda *_, key=key: passes.__setitem__(key, passes[key] + 1))
+    batches = {kind: pack_items(next(step_stream(Steps([thin(emoji(kind, [kind]))], processor, model.config, 4, read_last=False)))[0], processor.layout, 256)
+               for kind in ("pairs/draw", "pairs/caption")}
+    with torch.no_grad():
+        packed_losses(model, model, batches["pairs/draw"])
+        assert passes == {"clip": 0, "vae": 1}, "a drawing that ends its document is not read"
+        packed_losses(model, model, batches["pairs/caption"])
+        assert passes == {"clip": 1, "vae": 1}, "a given picture is not drawn"
+        packed_losses(model, model, pack_items(next(step_stream(Steps([texts_only()], processor, model.config, 4)))[0], processor.layout, 256))
+        assert passes == {"clip": 1, "vae": 1}, "text needs neither"
+
+
+def test_stored_features_change_no_loss(processor, tmp_path):
+    model, corpora = make_tiny(), some_corpora()
+    exact = FeatureStore(tmp_path, fingerprint(model), torch.float32)
+    done = engine.fill_store(exact, model, processor, corpora)
+    assert done["features"] > 10 and done["moments"] > 10 and engine.fill_store(exact, model, processor, corpora)["features"] == 0
+    make = lambda store: next(step_stream(Steps(corpora, processor, model.config, 4, per_lane=3, store=store, read_last=False)))[0]
+    assert all(item.pixels is None and item.targets is None for item in make(exact))
+    with torch.no_grad():
+        read, made = [packed_losses(model, model, pack_items(make(store), processor.layout, 256)) for store in (exact, None)]
+    for a, b in zip(read[:2], made[:2]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    other = make_tiny(seed=1)
+    assert fingerprint(other) != fingerprint(model), "another encoder's features must not be read"
+
+
+def test_micro_batches_change_nothing(processor, tmp_path):
+    found = []
+    for micro in (1, 3):
+        model = make_tiny()
+        run(model, processor, stage(2), some_corpora(), tmp_path / str(micro), replace(QUICK, micro=micro), progress=False)
+        found.append((curve(tmp_path / str(micro)), weights_of(model)))
+    for a, b in zip(found[0][0], found[1][0]):
+        assert a == pytest.approx(b, abs=1e-5)
+    for name, p in found[0][1].items():
+        torch.testing.assert_close(p, found[1][1][name], atol=1e-5, rtol=0)
+
+
+def test_activation_checkpointing_changes_nothing(processor, tmp_path):
+    curves = []
+    for on in (False, True):
+        run(make_tiny(), processor, stage(2), some_corpora(), tmp_path / str(on), replace(QUICK, checkpointing=on), progress=False)
+        curves.append(curve(tmp_path / str(on)))
+    for a, b in zip(*curves):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+# --- crashes
+
+
+def test_a_resumed_curve_is_the_same_bit_for_bit(processor, tmp_path):
+    whole = make_tiny()
+    run(whole, processor, stage(2), some_corpora(), tmp_path / "whole", QUICK, progress=False)
+    for died in (1, 3, 4):
+        folder = tmp_path / str(died)
+
+        class Death:
+            def log(self, values, step):
+                if step == died:
+                    raise MemoryError
+        with pytest.raises(MemoryError):
+            run(make_tiny(), processor, stage(2), some_corpora(), folder, QUICK, progress=False, trackers=[Death()])
+        again = make_tiny(seed=5)  # what trains must come from the checkpoint; the frozen parts from the same seed
+        again.load_state_dict({**again.state_dict(), **{k: v for k, v in make_tiny().state_dict().items()}})
+        run(again, processor, stage(2), some_corpora(), folder, QUICK, progress=False)
+        assert curve(folder) == curve(tmp_path / "whole")
+        assert all(torch.equal(p, weights_of(whole)[name]) for name, p in weights_of(again).items())
+
+
+def test_the_last_checkpoints_are_kept_and_a_broken_one_is_passed_over(processor, tmp_path, capsys):
+    run(make_tiny(), processor, stage(2, steps=8), some_corpora(), tmp_path, replace(QUICK, keep=2), progress=False)
+    assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-00000006", "step-00000008"]
+    before = curve(tmp_path)
+    newest = tmp_path / "step-00000008" / "rank-00000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-50])
+    assert last_checkpoint(tmp_path)[1]["step"] == 6
+    run(make_tiny(), processor, stage(2, steps=8), some_corpora(), tmp_path, QUICK, progress=False)
+    assert "cut off or changed" in capsys.readouterr().err and curve(tmp_path) == before
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, {"model/w": torch.ones(3)}, {"step": 1})
+    (tmp_path / ".step-00000002.part").mkdir()
+    (tmp_path / "step-00000003").mkdir()
+    assert last_checkpoint(tmp_path, report=lambda text: None)[1]["step"] == 1
+    save_checkpoint(tmp_path, {"model/w": torch.ones(3)}, {"step": 2})
+    assert last_checkpoint(tmp_path, report=lambda text: None)[1]["step"] == 2
+
+
+def test_rows_of_any_number_of_ranks_are_put_together(tmp_path):
+    from safetensors.torch import save_file
+
+    whole = torch.arange(14.0).view(7, 2)
+    (tmp_path / "step").mkdir()
+    for rank, (first, end) in enumerate([(0, 3), (3, 6), (6, 7), (7, 7)]):
+        save_file({"w": whole[first:end].clone()}, tmp_path / "step" / f"rank-{rank:05}.safetensors", {"rows": json.dumps({"w": [first, end]})})
+    into = {"w": torch.zeros(7, 2)}
+    load_checkpoint(tmp_path / "step", into)
+    assert torch.equal(into["w"], whole)
+    with pytest.raises(ValueError, match="other tensors"):
+        load_checkpoint(tmp_path / "step", {"v": torch.zeros(7, 2)})
+    with pytest.raises(ValueError, match="another shape"):
+        load_checkpoint(tmp_path / "step", {"w": torch.zeros(9, 2)})
+
+
+def test_a_checkpoint_of_another_run_is_refused(processor, tmp_path):
+    run(make_tiny(), processor, stage(2, steps=2), some_corpora(), tmp_path, QUICK, progress=False)
+    for other, settings in ((stage(1), QUICK), (stage(2), replace(QUICK, seed=3)), (stage(2, batch=4), QUICK), (stage(2), replace(QUICK, lanes=8))):
+        with pytest.raises(ValueError, match="was written with"):
+            run(make_tiny(), processor, other, some_corpora(), tmp_path, settings, progress=False)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(processor, tmp_path, monkeypatch):
+    run(make_tiny(), processor, stage(2, steps=2), some_corpora(), tmp_path, QUICK, progress=False)
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(engine, "save_file", full)
+    with pytest.raises(OSError, match="free some space, the checkpoints before are untouched"):
+        run(make_tiny(), processor, stage(2, steps=4), some_corpora(), tmp_path, QUICK, progress=False)
+    assert last_checkpoint(tmp_path)[1]["step"] == 2 and not list(tmp_path.glob(".step*"))
+
+
+# --- bad numbers and bad input
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(processor, tmp_path, capsys):
+    model = make_tiny()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.unet.conv_out.weight.data.fill_(float("nan"))
+    drawings = [thin(emoji("pairs/draw", ["pairs/draw"]))]
+    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite, the last 2"):
+        run(model, processor, stage(2), drawings, tmp_path, replace(QUICK, save_every=100), progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k != "unet.conv_out.weight")
+    kept = sorted(tmp_path.glob("bad-step-*"))
+    assert [p.name for p in kept] == [f"bad-step-{i:08}-rank-00000.safetensors" for i in range(3)]
+    with safe_open(kept[0], "pt") as file:
+        assert "0/input_ids" in file.keys() and "0/noise" in file.keys() and len(json.loads(file.metadata()["names"])[0]) == 8
+
+
+def test_one_bad_step_is_skipped_and_training_goes_on(processor, tmp_path):
+    model, real, calls = make_tiny(), engine.packed_losses, []
+    def sometimes(*args):
+        calls.append(0)
+        tokens, pictures, zero = real(*args)
+        return (tokens * float("nan") if len(calls) == 2 else tokens), pictures, zero
+    engine.packed_losses = sometimes
+    try:
+        run(model, processor, stage(2), some_corpora(), tmp_path, QUICK, progress=False)
+    finally:
+        engine.packed_losses = real
+    norms = [row["norm"] for row in read_log(tmp_path / "log.jsonl")]
+    assert [n == n for n in norms] == [True, False, True, True, True] and len(list(tmp_path.glob("bad-*"))) == 1
+
+
+def test_settings_that_cannot_work_are_named(processor, tmp_path):
+    with pytest.raises(ValueError, match="multiple of the lanes"):
+        run(make_tiny(), processor, stage(2, batch=6), some_corpora(), tmp_path, QUICK, progress=False)
+    with pytest.raises(ValueError, match="something to learn from"):
+        run(make_tiny(), processor, stage(2), [], tmp_path, QUICK, progress=False)
+    processor = type(processor)(processor.image_processor, processor.tokenizer, num_queries=processor.num_queries, max_length=20)
+    with pytest.raises(ValueError, match="no picture would ever fit"):
+        run(make_tiny(), processor, stage(2), some_corpora(), tmp_path, QUICK, progress=False)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("stages: [", "not a recipe"), ("stages: 3", "not a recipe"), ("parts: {}", "not a recipe"),
+    ("stages: [{name: a, trains: [x], mixture: {}, learning_rate: 1, steps: 1, batch: 1, colour: red}]", "colour"),
+    ("settings: {speed: 3}\nstages: []", "speed")])
+def test_bad_recipes_are_named(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_recipes_say_what_the_course_says():
+    for scale in ("mini", "paper"):
+        _, _, stages = read_recipe(ROOT / "recipes" / f"{scale}.yaml")
+        for ours, theirs in zip(STAGES[scale], stages, strict=True):
+            same = ("name", "trains", "learning_rate", "steps", "batch", "lm_loss_weight", "image_loss_weight", "ema_decay")
+            assert all(getattr(ours, key) == getattr(theirs, key) for key in same), ours.name
+            assert scale == "mini" and theirs.mixture == ours.mixture or scale == "paper" and theirs.warmup == ours.warmup
+
+
+def command(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "dreamllm_edu.train", *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--scale", "paper"], "--data"), (["--stage", "2"], "starts where stage 1 ended"), (["--recipe", "nowhere.yaml"], "no such recipe"),
+    (["--fill-cache"], "--cache"), (["--batch", "7"], "multiple of the lanes")])
+def test_the_command_names_what_is_missing(tmp_path, capsys, arguments, message):
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_kill_9_and_sigterm_lose_nothing(tmp_path):
+    same = ["--stage", "1", "--steps", "6", "--batch", "8", "--lanes", "4", "--save-every", "2", "--precision", "no"]
+    whole = command(*same, "--out", tmp_path / "whole")
+    assert whole.wait(300) == 0, whole.stderr.read()
+    for kind, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 130)):
+        out = tmp_path / kind.name
+        process = command(*same, "--out", out)
+        log = out / "1-alignment" / "log.jsonl"
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+            time.sleep(0.02)
+        process.send_signal(kind)
+        assert process.wait(60) == code, process.stderr.read()
+        again = command(*same, "--out", out)
+        assert again.wait(300) == 0, again.stderr.read()
+        assert curve(out / "1-alignment") == curve(tmp_path / "whole" / "1-alignment")
+        assert (out / "1-alignment" / "trained.safetensors").read_bytes() == (tmp_path / "whole" / "1-alignment" / "trained.safetensors").read_bytes()
+    assert "stage 1-alignment" not in process.stdout.read() and (tmp_path / "whole" / "1-alignment" / "report.html").stat().st_size > 10_000
