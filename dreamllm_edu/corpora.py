@@ -9,10 +9,10 @@ __all__ = ['MAX_BYTES', 'TOKENS', 'GAP', 'DAMAGE', 'ROLES', 'PICTURES', 'MEMBER'
            'turns_of', 'llava_record', 'llava', 'tar_groups', 'pair_record', 'read_laion', 'laion', 'interleave',
            'mmc4_record', 'instruct_record', 'mmc4', 'instruct_mmc4', 'url_name', 'obelics_record', 'parquet_rows',
            'read_obelics', 'obelics', 'subject_record', 'subjects', 'world_of', 'EmojiPicture', 'read_emoji', 'emoji',
-           'expand', 'check_images', 'open_corpora', 'check_weights', 'lanes_of', 'virtual_shards', 'fingerprint',
+           'expand', 'check_images', 'check_weights', 'open_corpora', 'lanes_of', 'virtual_shards', 'fingerprint',
            'check_item', 'Lane', 'look_for_one', 'refuse', 'documents', 'state']
 
-# %% ../nbs/17_corpora.ipynb #4bdba821
+# %% ../nbs/17_corpora.ipynb #30b00273
 import codecs
 import glob
 import gzip
@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 from .data import KINDS, World, load
 from .documents import Document, load_picture
 
-# %% ../nbs/17_corpora.ipynb #237892e6
+# %% ../nbs/17_corpora.ipynb #bf41f756
 MAX_BYTES = 64 * 2**20  # a picture's file, a line, a record: what is larger is refused before it fills the memory
 
 
@@ -98,7 +98,7 @@ class Picture:
         """32 hexadecimal digits of the bytes' SHA-256: the same for the same file, wherever it lies."""
         return hashlib.sha256(self.data()).hexdigest()[:32]
 
-# %% ../nbs/17_corpora.ipynb #09db15d7
+# %% ../nbs/17_corpora.ipynb #2ec12ee4
 class Broken(ValueError):
     """Stands in the place of a record that cannot be used; its message says which, and why."""
 
@@ -142,7 +142,7 @@ class Record:
         except ValueError as error:
             raise ValueError(str(error) if str(error).startswith(self.name) else f"{self.name}: {error}") from error
 
-# %% ../nbs/17_corpora.ipynb #a48fe55e
+# %% ../nbs/17_corpora.ipynb #97f2642b
 TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{},]', re.S)  # whole strings, and what stands outside of them
 GAP = re.compile(r"[\s,]*")
 
@@ -159,7 +159,7 @@ def item_end(text, start):
     return -1
 
 
-def json_items(file, piece=2**20):
+def json_items(file, piece=2**18):
     """The items of a JSON list, or of JSON values one after another, decoded one by one; `Broken` in the place of one that is no JSON.
 
     `file`: binary stream. Only the item at hand and one piece of the file lie in memory. Bytes that are no UTF-8 become lone surrogates, which
@@ -194,7 +194,7 @@ def json_items(file, piece=2**20):
             more = file.read(size)
             text, at, ended, size = text[at:] + decoder.decode(more, final=not more), 0, not more, 2 * size
 
-# %% ../nbs/17_corpora.ipynb #ebb1154a
+# %% ../nbs/17_corpora.ipynb #85e9d505
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, NotImplementedError)  # what cut-off and damaged files raise
 
 
@@ -246,7 +246,7 @@ def json_rows(shard):
         for index, row in enumerate(json_lines(file) if ".jsonl" in name else json_items(file)):
             yield f"{name} #{index}", row
 
-# %% ../nbs/17_corpora.ipynb #d93f9392
+# %% ../nbs/17_corpora.ipynb #189d9c83
 def below(root, name):
     """The path of a picture named by a record, below `root`. `ValueError` for a name that is no text, is absolute or leads out of `root`."""
     if not isinstance(name, str) or not name.strip("./ "):
@@ -256,7 +256,7 @@ def below(root, name):
     name = urllib.parse.quote(name) if str(root).startswith("http") else name
     return f"{root.rstrip('/')}/{name}" if is_remote(root) else os.path.join(root, name)
 
-
+# %% ../nbs/17_corpora.ipynb #d75c29ff
 def tar_index(file):
     """File name -> (offset, size) of the plain files of an uncompressed tar; what comes behind a damaged place is not in it."""
     index = {}
@@ -308,7 +308,7 @@ def pictures_of(images, shard, missing="record"):
 
         yield in_tar
 
-# %% ../nbs/17_corpora.ipynb #610d2809
+# %% ../nbs/17_corpora.ipynb #ac7f9de7
 @dataclass(frozen=True)
 class Corpus:
     """Shards of records. `read(shard)` iterates over its `Record`s, with a `ValueError` (a `Broken`) in the place of each that cannot be used.
@@ -327,7 +327,7 @@ class Corpus:
         if not number or not 0 <= self.weight < math.inf:
             raise ValueError(f"{self.name}: weight={self.weight!r}; give a number from 0 up")
 
-
+# %% ../nbs/17_corpora.ipynb #373242da
 def shard_list(files, network):
     """One path or several -> tuple of str; `ValueError` for a URL unless `network` is true."""
     shards = tuple(str(file) for file in ([files] if isinstance(files, (str, Path)) else files))
@@ -348,7 +348,7 @@ def records(shard, corpus, rows, make):
                     raise ValueError(f"a record should be an object with named fields, not a {type(row).__name__}")
                 made = make(row, f"{corpus}, {name}")
             except ValueError as error:
-                message = str(error)
+                message = str(error)[:500]  # it may quote the record
                 made = Broken(message if message.startswith(f"{corpus}, ") else f"{corpus}, {name}: {message}")
             yield made
     except DAMAGE as error:
@@ -361,7 +361,7 @@ def need(row, key, kind):
         raise ValueError(f"needs {key!r}, a {kind.__name__}; found {type(row.get(key)).__name__}")
     return row[key]
 
-
+# %% ../nbs/17_corpora.ipynb #de1c560e
 def read_json(shard, corpus, make, images=None, missing="record"):
     """Records of a shard of JSON, with their pictures from `images`; `make(row, name, find)`."""
     with pictures_of(images, shard, missing) as find:
@@ -375,7 +375,7 @@ def json_corpus(name, files, images, make, weight, network, missing="record"):
     shard_list([images], network)
     return Corpus(name, shard_list(files, network), partial(read_json, corpus=name, make=make, images=images, missing=missing), weight)
 
-# %% ../nbs/17_corpora.ipynb #a302ea5a
+# %% ../nbs/17_corpora.ipynb #3af389f7
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -393,7 +393,7 @@ def turns_of(row):
         raise ValueError("a conversation needs questions and answers in turn")
     return [text for _, text in turns]
 
-
+# %% ../nbs/17_corpora.ipynb #0aec3b31
 def llava_record(row, name, find, corpus):
     """A conversation as a `Record`; the questions and their pictures are not learned."""
     named = row.get("image") or []
@@ -425,7 +425,7 @@ def llava(name, json_files, images=None, weight=1.0, network=False):
     placeholder stays where it stands, as in DreamLLM's `conversation_dataset.py` (LLaVA's own loader moves it to the front)."""
     return json_corpus(name, json_files, images, llava_record, weight, network)
 
-# %% ../nbs/17_corpora.ipynb #e74684f5
+# %% ../nbs/17_corpora.ipynb #f5c360d6
 PICTURES = ("jpg", "jpeg", "png", "webp")
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # key, ending: split at the first dot of the file's own name
 
@@ -455,7 +455,7 @@ def tar_groups(file):
     except DAMAGE + (ValueError, OverflowError) as error:  # a damaged header can hold any number
         yield key or "start", Broken(f"cut off or damaged ({error}); the rest of this tar is lost")
 
-
+# %% ../nbs/17_corpora.ipynb #bf0b041a
 def pair_record(row, name, corpus, task, min_side, min_similarity):
     """One picture and its caption as a `Record`, in one of two directions."""
     for value in row.values():
@@ -501,7 +501,7 @@ def laion(name, tars, task="both", min_side=0, min_similarity=None, weight=1.0, 
     read = partial(read_laion, corpus=name, task=task, min_side=min_side, min_similarity=min_similarity)
     return Corpus(name, shard_list(tars, network), read, weight)
 
-# %% ../nbs/17_corpora.ipynb #a9b12a7d
+# %% ../nbs/17_corpora.ipynb #6fda35ea
 def interleave(row, name, find, threshold, place):
     """Texts and pictures of a page in order: texts are stripped, and joined by a space between pictures."""
     texts, pictures = need(row, "text_list", list), {}
@@ -530,7 +530,7 @@ def interleave(row, name, find, threshold, place):
         raise ValueError("no picture is left" + (f" (threshold {threshold})" if threshold is not None else ""))
     return parts
 
-
+# %% ../nbs/17_corpora.ipynb #b582bdd7
 def mmc4_record(row, name, find, corpus, threshold, place):
     return Record(interleave(row, name, find, threshold, place), 0, name, corpus)
 
@@ -542,7 +542,7 @@ def instruct_record(row, name, find, corpus, threshold, place):
 
 
 def mmc4(name, jsonl_files, images, threshold=0.25, place="before", missing="record", weight=1.0, network=False):
-    """Multimodal C4: `docs_shard_N_v2.jsonl` as published, plain, gzipped or zipped; `images`: a folder, or a tar beside each shard
+    """Multimodal C4: `docs_no_face_shard_N_v2.jsonl` as published, plain, gzipped or zipped; `images`: a folder, or a tar beside each shard
     (`.../{stem}.tar`), with files named by `image_name`. MMC4 publishes no pictures, only addresses (`raw_url`): fetch them first.
 
     Pictures with `matched_sim` below `threshold` are dropped (None keeps all); a page without any is `Broken`. `place`: `before` its text or `after`
@@ -562,7 +562,7 @@ def instruct_mmc4(name, json_files, images, threshold=None, place="after", missi
         raise ValueError(f"place={place!r}: choose 'before' or 'after'")
     return json_corpus(name, json_files, images, partial(instruct_record, threshold=threshold, place=place), weight, network, missing)
 
-# %% ../nbs/17_corpora.ipynb #30e1cadf
+# %% ../nbs/17_corpora.ipynb #bf04d9fe
 def url_name(url):
     """The file name under which a fetched picture is kept: 32 hexadecimal digits of the SHA-256 of its address."""
     return hashlib.sha256(url.encode("utf8", "surrogatepass")).hexdigest()[:32]
@@ -590,7 +590,7 @@ def obelics_record(row, name, find, corpus, fetch, missing):
         parts += [picture] if picture else []
     return Record(parts, 0, name, corpus)
 
-
+# %% ../nbs/17_corpora.ipynb #8f025955
 def parquet_rows(shard, columns):
     """(name, row or `Broken`) of a Parquet file, a few rows at a time."""
     index, name = 0, os.path.basename(shard)
@@ -632,7 +632,7 @@ def obelics(name, parquets, images=None, fetch=False, missing="record", weight=1
     shard_list([images], network)
     return Corpus(name, shard_list(parquets, network), partial(read_obelics, corpus=name, images=images, fetch=fetch, missing=missing), weight)
 
-# %% ../nbs/17_corpora.ipynb #94c3af89
+# %% ../nbs/17_corpora.ipynb #90cecbee
 def subject_record(row, name, find, corpus):
     subject, wish = need(row, "subject_text", str).strip(), need(row, "prompt", str).strip()
     parts = ["User: ", find(row.get("subject_image"), name), f" {subject}. Draw: {wish}\nAssistant:", find(row.get("target_image"), name)]
@@ -646,7 +646,7 @@ def subjects(name, json_files, images, weight=1.0, network=False):
     its (LAVIS `subject_driven_t2i_dataset.py`, which takes a folder of pictures of one subject)."""
     return json_corpus(name, json_files, images, subject_record, weight, network)
 
-
+# %% ../nbs/17_corpora.ipynb #0d543082
 @lru_cache(maxsize=4)
 def world_of(folder, process):
     """The emoji world in a folder; one for each process, since its open files must not be shared."""
@@ -690,7 +690,7 @@ def emoji(name, kinds, world=None, split="train", weight=1.0):
             raise ValueError(f"{shard}: no document of that task; the kinds are {', '.join(KINDS)}")
     return Corpus(name, tuple(rows), partial(read_emoji, corpus=name, rows=rows, folder=str(world.folder)), weight)
 
-# %% ../nbs/17_corpora.ipynb #11c6428e
+# %% ../nbs/17_corpora.ipynb #a47172d9
 FORMATS = {"llava": llava, "laion": laion, "mmc4": mmc4, "instruct_mmc4": instruct_mmc4, "obelics": obelics, "subjects": subjects, "emoji": emoji}
 
 
@@ -722,6 +722,14 @@ def check_images(images, shards, root):
     return path
 
 
+def check_weights(corpora):
+    """`ValueError` unless there is a corpus with a positive weight, and each name comes once."""
+    if not any(corpus.weight for corpus in corpora):
+        raise ValueError("an empty mixture: give at least one corpus with a weight above 0")
+    if len({corpus.name for corpus in corpora}) < len(corpora):
+        raise ValueError("two corpora of a mixture have the same name")
+
+# %% ../nbs/17_corpora.ipynb #4dda1f28
 def open_corpora(mixture, root, network=False):
     """A list of `Corpus` from a table: name -> `{"format": ..., "shards": glob pattern or several, "weight": 1.0, ...}`; other keys are options of
     the format's function, `images` is below `root` like the shards, and `emoji` takes `kinds` instead of shards.
@@ -749,15 +757,7 @@ def open_corpora(mixture, root, network=False):
     check_weights(corpora)
     return corpora
 
-
-def check_weights(corpora):
-    """`ValueError` unless there is a corpus with a positive weight, and each name comes once."""
-    if not any(corpus.weight for corpus in corpora):
-        raise ValueError("an empty mixture: give at least one corpus with a weight above 0")
-    if len({corpus.name for corpus in corpora}) < len(corpora):
-        raise ValueError("two corpora of a mixture have the same name")
-
-# %% ../nbs/17_corpora.ipynb #4271bdca
+# %% ../nbs/17_corpora.ipynb #a5cc94f4
 def lanes_of(rank, world, lanes):
     """The lanes of process `rank` of `world`: `rank`, `rank + world`, ... `ValueError` unless `world` divides `lanes`."""
     if world < 1 or lanes < 1 or lanes % world:
@@ -787,7 +787,7 @@ def check_item(item):
     for picture in item.pictures:
         picture.check()
 
-# %% ../nbs/17_corpora.ipynb #e82ab2db
+# %% ../nbs/17_corpora.ipynb #b7b88b89
 class Lane:
     """An endless iterator over the `Record`s of lane `lane` of `lanes`, from a weighted mixture of corpora. Make it in the process that reads it.
 
@@ -804,54 +804,44 @@ class Lane:
         self.places = {c.name: {"epoch": 0, "shard": 0, "record": 0, "good": 0, "shards": fingerprint(c)} for c in self.corpora}
         if state is not None:
             self._restore(state)
-        self._streams = {corpus.name: self._stream(corpus, self.places[corpus.name]) for corpus in self.corpora}
+        self._streams = {}
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        record = next(self._streams[self._choose().name])
+        corpus = self._choose()
+        if corpus.name not in self._streams:
+            self._streams[corpus.name] = self._stream(corpus, self.places[corpus.name])
+        record = next(self._streams[corpus.name])
         self.drawn += 1
         return record
-
-    def _choose(self):
-        """The corpus of the next record, from seed, lane and count alone."""
-        weighted = [corpus for corpus in self.corpora if corpus.weight]
-        point = random.Random(f"{self.seed}/{self.lane}/{self.drawn}").random() * sum(corpus.weight for corpus in weighted)
-        for corpus in weighted:
-            point -= corpus.weight
-            if point < 0:
-                return corpus
-        return weighted[-1]
-
-    def _stream(self, corpus, place):
-        """The good records of this lane's share of a corpus, epoch after epoch; `place` always says where to go on."""
-        while True:
-            share = virtual_shards(corpus, self.lane, self.lanes, place["epoch"], self.seed)
-            while place["shard"] < len(share):
-                shard, stride, strides = share[place["shard"]]
-                begin = place["record"]
-                for index, item in enumerate(corpus.read(shard)):
-                    if index < begin or index % strides != stride:
-                        continue
-                    place["record"] = index + 1
-                    try:
-                        check_item(item)
-                    except ValueError as error:
-                        self._skip(error)
-                        continue
-                    place["good"] += 1
-                    yield item
-                place.update(shard=place["shard"] + 1, record=0)
-            if not place["good"]:
-                look_for_one(corpus)
-            place.update(epoch=place["epoch"] + 1, shard=0, record=0, good=0)
 
     def _skip(self, error):
         self.skipped += 1
         self.tell(str(error))
 
-# %% ../nbs/17_corpora.ipynb #64974c7f
+# %% ../nbs/17_corpora.ipynb #bbe522cd
+def _patch(cls):
+    """Grow a class over several cells: `@_patch(Lane)` adds the function below as a method."""
+    def add(function):
+        setattr(cls, function.__name__, function)
+        return function
+    return add
+
+
+@_patch(Lane)
+def _choose(self):
+    """The corpus of the next record, from seed, lane and count alone."""
+    weighted = [corpus for corpus in self.corpora if corpus.weight]
+    point = random.Random(f"{self.seed}/{self.lane}/{self.drawn}").random() * sum(corpus.weight for corpus in weighted)
+    for corpus in weighted:
+        point -= corpus.weight
+        if point < 0:
+            return corpus
+    return weighted[-1]
+
+# %% ../nbs/17_corpora.ipynb #7bf69c30
 def look_for_one(corpus):
     """`ValueError` unless some record of the corpus, in any shard, truly opens."""
     last = "its shards hold no record"
@@ -866,14 +856,31 @@ def look_for_one(corpus):
     raise ValueError(f"{corpus.name}: a whole epoch without one usable record; the last problem: {last}")
 
 
-def _patch(cls):
-    """Grow a class over several cells: `@_patch(Lane)` adds the function below as a method."""
-    def add(function):
-        setattr(cls, function.__name__, function)
-        return function
-    return add
+@_patch(Lane)
+def _stream(self, corpus, place):
+    """The good records of this lane's share of a corpus, epoch after epoch; `place` always says where to go on."""
+    while True:
+        share = virtual_shards(corpus, self.lane, self.lanes, place["epoch"], self.seed)
+        while place["shard"] < len(share):
+            shard, stride, strides = share[place["shard"]]
+            begin = place["record"]
+            for index, item in enumerate(corpus.read(shard)):
+                if index < begin or index % strides != stride:
+                    continue
+                place["record"] = index + 1
+                try:
+                    check_item(item)
+                except ValueError as error:
+                    self._skip(error)
+                    continue
+                place["good"] += 1
+                yield item
+            place.update(shard=place["shard"] + 1, record=0)
+        if not place["good"]:
+            look_for_one(corpus)
+        place.update(epoch=place["epoch"] + 1, shard=0, record=0, good=0)
 
-
+# %% ../nbs/17_corpora.ipynb #8ef2bd38
 @_patch(Lane)
 def refuse(self, record, error):
     """Count a record that the lane has yielded, but that turned out broken when it was opened."""

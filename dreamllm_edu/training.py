@@ -182,10 +182,11 @@ ALIGN = ("visual_projector", "dream_queries", "condition_projector", "pooled_pro
 STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the miniature are ours
     "mini": (
         Stage("1-alignment", ALIGN, {"pairs/draw": 0.5, "pairs/caption": 0.3, "scenes": 0.2}, 4e-3, 200, 64, read_last=False),
-        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.43, "pairs/caption": 0.15, "articles": 0.1, "scenes": 0.12, "definitions": 0.2},
-              1.5e-3, 3600, 64, ema_decay=0.998, read_last=False),
-        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.15, "pairs/caption": 0.1, "articles": 0.08, "scenes": 0.05, "dialogues": 0.36,
-                                                             "edits": 0.09, "subjects": 0.03, "definitions": 0.14}, 1e-3, 1200, 64, ema_decay=0.997),
+        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.53, "pairs/caption": 0.1, "articles": 0.08, "scenes": 0.12, "definitions": 0.17},
+              1.5e-3, 5800, 64, ema_decay=0.998, read_last=False),
+        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.2, "pairs/caption": 0.06, "articles": 0.06, "scenes": 0.05, "dialogues/show": 0.07,
+                                                             "dialogues/what": 0.07, "dialogues/style": 0.08, "dialogues/count": 0.03, "dialogues/relation": 0.14,
+                                                             "edits": 0.09, "subjects": 0.03, "definitions": 0.12}, 1e-3, 3200, 64, ema_decay=0.997),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),

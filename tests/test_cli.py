@@ -23,7 +23,7 @@ from dreamllm_edu.tokenization import SPECIAL_TOKENS, encode_text
 from dreamllm_edu.training import Stage
 from test_bad_input import parts_folder
 
-COMMANDS = {"demo": ["--out", "--n"], "pretrain": ["tokenizer", "judge", "--steps"], "train": ["--parts", "--steps", "--seed"], "generate": ["--model", "--guidance-scale", "--max-pictures"],
+COMMANDS = {"demo": ["--out", "--n"], "pretrain": ["tokenizer", "judge", "--steps"], "train": ["--parts", "--steps", "--seed"], "plan": ["--gpus", "--gpu-memory", "--utilisation"], "generate": ["--model", "--guidance-scale", "--max-pictures"],
             "evaluate": ["--trained", "--n"]}
 QUICK = ["--num-inference-steps", "1", "--max-new-tokens", "6"]
 

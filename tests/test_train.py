@@ -119,9 +119,9 @@ def test_stored_features_change_no_loss(processor, tmp_path):
 
 def test_micro_batches_change_nothing(processor, tmp_path):
     found = []
-    for micro in (1, 3):
+    for micro in (0, 3):
         model = make_tiny()
-        run(model, processor, stage(2), some_corpora(), tmp_path / str(micro), replace(QUICK, micro=micro), progress=False)
+        run(model, processor, stage(2), some_corpora(), tmp_path / str(micro), replace(QUICK, micro_batch=micro), progress=False)
         found.append((curve(tmp_path / str(micro)), weights_of(model)))
     for a, b in zip(found[0][0], found[1][0]):
         assert a == pytest.approx(b, abs=1e-5)
@@ -306,3 +306,62 @@ def test_kill_9_and_sigterm_lose_nothing(tmp_path):
         assert curve(out / "1-alignment") == curve(tmp_path / "whole" / "1-alignment")
         assert (out / "1-alignment" / "trained.safetensors").read_bytes() == (tmp_path / "whole" / "1-alignment" / "trained.safetensors").read_bytes()
     assert "stage 1-alignment" not in process.stdout.read() and (tmp_path / "whole" / "1-alignment" / "report.html").stat().st_size > 10_000
+
+
+# --- public parts and published shards
+
+
+def public_parts(folder):
+    """Tiny parts in the layout of the hub: a Llama whose tokenizer knows nothing of pictures, a CLIP, a Stable Diffusion."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from dreamllm_edu.diffusion import scheduler_config, unet_config, vae_config
+    from dreamllm_edu.language import llama_config
+    from dreamllm_edu.vision import clip_config
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.train_from_iterator(["a red apple on a table"] * 4, trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False,
+                                                                               initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "language")
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(vocab_size=len(tokenizer), hidden=32, layers=2, heads=2, ffn=64, context=256)).save_pretrained(folder / "language")
+    CLIPModel(clip_config(vocab_size=300, hidden=32, layers=2, text_layers=1, heads=2)).save_pretrained(folder / "vision")
+    UNet2DConditionModel(**unet_config(channels=(16, 32), latent_channels=4, condition=24, heads=2)).save_pretrained(folder / "diffusion" / "unet")
+    AutoencoderKL(**vae_config(channels=(8, 8, 8, 8), latent_channels=4)).save_pretrained(folder / "diffusion" / "vae")
+    DDPMScheduler(**scheduler_config()).save_pretrained(folder / "diffusion" / "scheduler")
+    return len(tokenizer), {name: str(folder / name) for name in ("language", "vision", "diffusion")}
+
+
+def test_public_parts_and_a_published_corpus_train_by_the_command(tmp_path, capsys):
+    import yaml
+
+    from dreamllm_edu.data import World
+
+    vocabulary, parts = public_parts(tmp_path / "parts")
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    rows = []
+    for i, key in enumerate(("1f34e", "1f431", "1f98a", "1f680")):
+        World().picture(f"twemoji/{key}").save(tmp_path / "data" / "images" / f"{key}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a thing"}] * (1 + i % 2)
+        turns = [{**turn, "value": turn["value"].replace("<image>\n", "") if j else turn["value"]} for j, turn in enumerate(turns)]
+        rows.append({"id": str(i), "image": f"{key}.png", "conversations": turns})
+    (tmp_path / "data" / "chat.json").write_text(json.dumps(rows))
+    entry = {"format": "llava", "shards": "chat.json", "images": "images", "weight": 1}
+    one = {"name": "1-alignment", "trains": list(ALIGN), "learning_rate": 1e-3, "steps": 2, "batch": 4, "warmup": 1, "ema_decay": 0.0, "mixture": {"chat": entry}}
+    two = {**one, "name": "2-interleaved", "trains": [*ALIGN, "language_model"]}
+    recipe = {"parts": {**parts, "num_queries": 4}, "settings": {"lanes": 4, "room": 256, "save_every": 1}, "stages": [one, two]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    line = ["--scale", "small", "--recipe", str(tmp_path / "recipe.yaml"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    for number in ("1", "2"):
+        assert main([*line, "--stage", number]) == 0, capsys.readouterr().err
+    model, processor = engine.build("small", {**parts, "num_queries": 4}, 256)
+    engine.load_trained(model, tmp_path / "out" / "2-interleaved" / "trained.safetensors")
+    assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer) == vocabulary + 7
+    assert processor.target_size == 64 and all(row["lm"] > 0 for row in read_log(tmp_path / "out" / "2-interleaved" / "log.jsonl"))
+    rows[1]["image"] = "absent.png"
+    (tmp_path / "data" / "chat.json").unlink()
+    assert main([*line, "--stage", "2"]) == 1 and "chat.json" in capsys.readouterr().err
