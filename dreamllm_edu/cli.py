@@ -38,6 +38,7 @@ def parser():
     p.add_argument("--parts", type=Path, help="folder of the pretrained parts (default: the shipped ones)")
     p.add_argument("--out", type=Path, default=Path(".runs/mini"), help="folder of the resumable state and of trained.safetensors")
     p.add_argument("--steps", type=count, nargs=3, metavar=("I", "II", "III"), help="steps of each stage")
+    p.add_argument("--init", type=Path, help="a trained.safetensors from which training goes on, with fresh learning rates")
     p.add_argument("--seed", type=int, default=0)
     p = command("plan", "what a training at full scale needs: memory by item, what fits, hours at an assumed utilisation")
     p.add_argument("--scale", choices=["mini", "small", "paper"], default="paper")
@@ -117,10 +118,12 @@ def run_pretrain(args):
 
 
 def run_train(args):
-    from dreamllm_edu.model import mini, mini_processor, save_trained
+    from dreamllm_edu.model import load_trained, mini, mini_processor, save_trained
     from dreamllm_edu.training import STAGES, train
 
     model = mini(trained=False, parts=args.parts)
+    if args.init:
+        load_trained(model, args.init)
     def keep(stage, model, history):
         save_trained(model, args.out / f"{stage.name}.safetensors")
     train(model, mini_processor(args.parts), STAGES[args.scale], folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=4)

@@ -670,6 +670,11 @@ class EmojiPicture(Picture):
     def check(self):
         pass
 
+    @property
+    def key(self):
+        """Its reference: the world is part of the package, so a picture need not be drawn to be known again."""
+        return f"emoji/{self.source}"
+
 
 def read_emoji(shard, corpus, rows, folder):
     """Records of one kind of document."""

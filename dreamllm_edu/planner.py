@@ -8,7 +8,7 @@ __all__ = ['SCALES', 'FROZEN', 'PARALLEL', 'DTYPES', 'PEAK_TFLOPS', 'scale_confi
            'picture_batch', 'fake_model', 'fake_batch', 'Flops', 'measure', 'StagePlan', 'Plan', 'cache_bytes',
            'memory_line', 'plan_stage', 'find_stage', 'check_cluster', 'plan', 'dry_run']
 
-# %% ../nbs/18_planner.ipynb #99bd281c
+# %% ../nbs/18_planner.ipynb #173a6e0f
 import functools
 import json
 import math
@@ -30,13 +30,14 @@ from .model import WEIGHTS, DreamLLM, DreamLLMConfig, plain_config, quiet
 from .official import paper_config, read_json
 from .training import STAGES, Stage, set_trainable
 
-# %% ../nbs/18_planner.ipynb #e649f653
+# %% ../nbs/18_planner.ipynb #ec2e4059
 def _mini_config():
     """The shipped miniature's sizes; its weights are not read."""
     parts = WEIGHTS / "mini"
     with quiet():
         text = LlamaConfig.from_pretrained(parts / "language", local_files_only=True)
         vision = CLIPVisionConfig.from_pretrained(parts / "clip", local_files_only=True)
+    text.dtype = vision.dtype = torch.float32  # as the parts are loaded; they lie on disk in half precision
     diffusion = (read_json(parts / name) for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"))
     return DreamLLMConfig(text, vision, *map(plain_config, diffusion))
 
@@ -62,13 +63,13 @@ def scale_config(scale):
         raise ValueError(f"scale={scale!r}: use one of {', '.join(SCALES)}")
     return SCALES[scale]()
 
-# %% ../nbs/18_planner.ipynb #ef6b66d0
+# %% ../nbs/18_planner.ipynb #c6043fe9
 def rows_of(rows, world, rank=0):
     """How many of `rows` rank `rank` of `world` gets: what `torch.chunk`, and so `fully_shard`, gives it."""
     each = -(-rows // world)
     return max(0, min(each, rows - rank * each))
 
-# %% ../nbs/18_planner.ipynb #c656c62f
+# %% ../nbs/18_planner.ipynb #faed39b5
 @dataclass(frozen=True)
 class Weight:
     """One parameter: its `name`, `shape`, the model's `part` it belongs to, and FSDP2's `unit` ("" for a frozen part, which is not sharded)."""
@@ -97,7 +98,7 @@ def weights_of(config):
     """Every parameter of the model, tied ones once, as `Weight`s; from the meta device, so that no size costs memory."""
     return _weights(config.to_json_string(use_diff=False))
 
-# %% ../nbs/18_planner.ipynb #8c177d4e
+# %% ../nbs/18_planner.ipynb #013883fd
 FROZEN = DreamLLM.frozen_parts
 PARALLEL = ("single", "ddp", "fsdp2")
 
@@ -125,7 +126,7 @@ def state_bytes(config, stage, world=1, parallel="fsdp2", param_dtype=torch.floa
     return {"weights": held, "gradients": learned, "AdamW": 2 * learned + 4 * len(trained), "moving average": learned * bool(stage.ema_decay),
             "frozen parts": whole}
 
-# %% ../nbs/18_planner.ipynb #adeb32aa
+# %% ../nbs/18_planner.ipynb #127e6e65
 def gathered_bytes(config, stage, world=1, parallel="fsdp2", compute_dtype=torch.bfloat16):
     """Bytes of weights and gradients that are whole only for a moment, by item: an upper bound.
 
@@ -136,7 +137,7 @@ def gathered_bytes(config, stage, world=1, parallel="fsdp2", compute_dtype=torch
     size = compute_dtype.itemsize
     if parallel != "fsdp2":
         buckets = 4 * sum(w.numel() for w in own if w.part in stage.trains) if parallel == "ddp" else 0
-        return {"gathered weights": sum(w.numel() for w in own) * size if size < 4 else 0, "gradients on their way": buckets}
+        return {"weights in use": sum(w.numel() for w in own) * size if size < 4 else 0, "gradients on their way": buckets}
     padded = {unit: [0, 0] for unit in (w.unit for w in own)}
     for w in own:
         n = w.numel(world) * world  # every rank sends as much as rank 0
@@ -144,9 +145,9 @@ def gathered_bytes(config, stage, world=1, parallel="fsdp2", compute_dtype=torch
         padded[w.unit][1] += n * (w.part in stage.trains)
     (root, root_trained), layers = padded.pop("root"), list(padded.values())
     layer, layer_trained = max(n for n, _ in layers), max(n for _, n in layers)
-    return {"gathered weights": (root + 2 * layer) * size, "gradients on their way": (root_trained + layer_trained) * size + layer_trained * 4}
+    return {"weights in use": (root + 2 * layer) * size, "gradients on their way": (root_trained + layer_trained) * size + layer_trained * 4}
 
-# %% ../nbs/18_planner.ipynb #732bd29c
+# %% ../nbs/18_planner.ipynb #92963cc1
 class RealIndices(TorchFunctionMode):
     """Within it a fake tensor may be picked by a real boolean mask: the mask is replaced by the positions where it is true."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -156,7 +157,7 @@ class RealIndices(TorchFunctionMode):
                 args = (args[0], mask.nonzero(as_tuple=True))
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/18_planner.ipynb #85e9a93c
+# %% ../nbs/18_planner.ipynb #4bd3e5e1
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made within it that are still alive: `now`, and at the worst moment `peak`. Storages in `known` are passed over."""
     def __init__(self, known=()):
@@ -188,6 +189,10 @@ class SavedBytes(saved_tensors_hooks):
         self.known, self.sizes = set(known), {}
         super().__init__(self.keep, lambda tensor: tensor)
 
+    def __enter__(self):
+        super().__enter__()
+        return self
+
     def keep(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
@@ -198,7 +203,7 @@ class SavedBytes(saved_tensors_hooks):
     def total(self):
         return sum(self.sizes.values())
 
-# %% ../nbs/18_planner.ipynb #e5f1678e
+# %% ../nbs/18_planner.ipynb #c6797a3f
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -229,7 +234,7 @@ def picture_batch(config, n, dtype, cached=False):
         "pixel_values": empty(3, seen, seen), "target_pixel_values": empty(3, drawn, drawn), "vae_noise": empty(*latent)}
     return {**given, "noise": empty(*latent)}
 
-# %% ../nbs/18_planner.ipynb #bf37e1d2
+# %% ../nbs/18_planner.ipynb #720a5ccd
 @functools.lru_cache(maxsize=4)
 def _fake_model(config_json, dtype):
     before = torch.get_default_dtype()
@@ -265,7 +270,7 @@ def fake_batch(config, mode, micro_batch=1, length=None, pictures=1, precision="
     batch = {**token_batch(config, micro_batch, length, pictures), **drawn}
     return {**batch, "timesteps": torch.full((n,), 500), "condition_drop_mask": torch.zeros(n, dtype=torch.bool), "labelled_only": True}
 
-# %% ../nbs/18_planner.ipynb #15ec4d65
+# %% ../nbs/18_planner.ipynb #2d9db780
 if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
     @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
     def _attention_flops(query, key, value, *args, out_shape=None, **kwargs):
@@ -288,7 +293,7 @@ class Flops(TorchDispatchMode):
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
-# %% ../nbs/18_planner.ipynb #f812a32a
+# %% ../nbs/18_planner.ipynb #a15578e6
 @functools.lru_cache(maxsize=128)
 def _measured(config_json, stage, micro_batch, length, pictures, checkpointing, precision, cached):
     config = DreamLLMConfig.from_dict(json.loads(config_json))
@@ -323,7 +328,7 @@ def _plain(stage):
     """A stage as far as it decides what a step computes, so that stages II and III are measured once."""
     return Stage("", tuple(stage.trains), None, 0.0, 0, 0, stage.lm_loss_weight, stage.image_loss_weight)
 
-# %% ../nbs/18_planner.ipynb #6cf86170
+# %% ../nbs/18_planner.ipynb #b5995e2d
 PEAK_TFLOPS = {"a100": 312, "a800": 312, "h100": 989, "rtx4090": 165}  # dense bfloat16, makers' data sheets (H100: SXM)
 
 
@@ -380,7 +385,7 @@ class Plan:
 
     __str__ = table
 
-# %% ../nbs/18_planner.ipynb #07f40da2
+# %% ../nbs/18_planner.ipynb #07bf9dd1
 def cache_bytes(config):
     """Bytes on disk for one picture in half precision: CLIP's features [N, V], and mean and spread of the VAE's latent, each [Z, h, w]."""
     side, channels = config.unet_config["sample_size"], config.unet_config.get("in_channels", 4)
@@ -410,7 +415,7 @@ def plan_stage(config, stage, gpus, budget, micro_batch=None, precision="bf16", 
     return StagePlan(stage.name, items, chosen, largest, -(-share // chosen), flops, gpus * speed / flops,
                      stage.steps * stage.batch * flops / (gpus * speed) / 3600, budget - sum(items.values()))
 
-# %% ../nbs/18_planner.ipynb #4807afea
+# %% ../nbs/18_planner.ipynb #b2729688
 def find_stage(scale, stage):
     """A `Stage` by its number (1 to 3), its name, or itself; `ValueError` for another."""
     stages = stages_of(scale)
@@ -458,7 +463,7 @@ def plan(scale="paper", stage=None, gpus=8, gpu_memory=80, micro_batch=None, pre
                + ("" if scale in STAGES else "; steps and batches of the paper"))
     return Plan(title, assumed, tuple(found), cache_bytes(config))
 
-# %% ../nbs/18_planner.ipynb #6982c11a
+# %% ../nbs/18_planner.ipynb #fa01ebe5
 def dry_run(scale="paper", stage=2, micro_batch=1, length=None, pictures=1, checkpointing=False, precision="bf16", cached=False):
     """One training step of a full-size model with fake tensors; nothing is allocated. Returns a report:
 

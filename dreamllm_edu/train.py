@@ -12,7 +12,7 @@ __all__ = ['Item', 'throw_dice', 'first_fit', 'packed_rows', 'null_document', 's
            'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build', 'parser',
            'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
 
-# %% ../nbs/19_full_scale.ipynb #23c5c480
+# %% ../nbs/19_full_scale.ipynb #72dd6575
 import argparse
 import base64
 import html
@@ -47,7 +47,7 @@ from .model import assemble, load_trained, mini, mini_processor
 from .tokenization import DreamLLMProcessor, Sequence
 from .training import Stage, cut_last_picture, learning_rate_at, set_trainable, step_generator
 
-# %% ../nbs/19_full_scale.ipynb #1b7401b7
+# %% ../nbs/19_full_scale.ipynb #2dc2467c
 @dataclass
 class Item:
     """One encoded document on its way into a batch. `order`: (round, lane), its place in the step; `dice`: `vae_noise` and `noise` [k, Z, h, w],
@@ -71,7 +71,7 @@ def throw_dice(seed, lane, drawn, pictures, latent_shape, dropout):
     return {"vae_noise": noise[0], "noise": noise[1], "timesteps": torch.randint(1000, (pictures,), generator=generator),
             "drop": torch.rand(pictures, generator=generator) < dropout}
 
-# %% ../nbs/19_full_scale.ipynb #6d0b63c3
+# %% ../nbs/19_full_scale.ipynb #b63e30c8
 def first_fit(lengths, room):
     """Which documents share a row of `room` tokens: lists of indices. Each goes, in order, into the first row that still has room; one that is longer than
     a row is a `ValueError`."""
@@ -89,7 +89,7 @@ def first_fit(lengths, room):
             left.append(room - n)
     return rows
 
-# %% ../nbs/19_full_scale.ipynb #bc095d86
+# %% ../nbs/19_full_scale.ipynb #41cb4d83
 def packed_rows(rows, bins, pad):
     """`input_ids`, `labels`, `position_ids` int64 [R, T]: the documents `rows` laid out as `bins` says; padding is a document of its own that nobody
     learns from."""
@@ -102,7 +102,7 @@ def packed_rows(rows, bins, pad):
         out["position_ids"].append([p for i in b for p in range(len(rows[i].input_ids))] + list(range(empty)))
     return {name: torch.tensor(values) for name, values in out.items()}
 
-# %% ../nbs/19_full_scale.ipynb #b7b65328
+# %% ../nbs/19_full_scale.ipynb #29df03eb
 def null_document(layout):
     """The empty prompt as a document: its query states are the null condition."""
     ids = [layout.id["<s>"]] + layout.dream_block()
@@ -135,7 +135,7 @@ def pack_items(items, layout, room):
     batch["names"] = [item.name for item in laid]
     return batch
 
-# %% ../nbs/19_full_scale.ipynb #fb09f661
+# %% ../nbs/19_full_scale.ipynb #fc7dfd6c
 class Steps(IterableDataset):
     """The documents of every step that the lanes of one rank give: yields `(items, states)` for each worker in turn; `states` is where the
     lanes stand after the step. `per_lane`: documents a lane gives a step; `store`: a `FeatureStore` or None; `read_last`: as in `Stage`."""
@@ -193,7 +193,7 @@ def step_stream(steps, workers=0):
         parts = [next(loader) for _ in range(max(1, workers))]
         yield sorted((item for items, _ in parts for item in items), key=lambda item: item.order), {k: v for _, s in parts for k, v in s.items()}
 
-# %% ../nbs/19_full_scale.ipynb #acd03251
+# %% ../nbs/19_full_scale.ipynb #ea909670
 def frozen_inputs(model, batch):
     """`image_features` and `latents` of a batch, from what was read or by the frozen encoders; a batch without pictures costs no pass of either."""
     device, dice, config = model.device, batch["dice"], model.config
@@ -229,7 +229,7 @@ def packed_losses(model, runner, batch):
     pictures = out.picture_losses if latents is not None else torch.zeros(0, device=device)
     return out.token_losses, pictures, 0.0 * (out.conditions.sum() + out.last_hidden_state.sum() + out.token_losses.sum())
 
-# %% ../nbs/19_full_scale.ipynb #dc73dece
+# %% ../nbs/19_full_scale.ipynb #05c9e405
 def fingerprint(model):
     """Sixteen hex digits of the frozen encoders' weights and of the layer that is read."""
     digest = sha256(repr((model.config.vision_layer, float(model.vae.config.scaling_factor))).encode())
@@ -286,7 +286,7 @@ class FeatureStore:
         """The pictures that are not stored, each once."""
         return list({p.key: p for p in pictures if self.read(kind, [p]) is None}.values())
 
-# %% ../nbs/19_full_scale.ipynb #767d0210
+# %% ../nbs/19_full_scale.ipynb #23c736d8
 @torch.no_grad()
 def fill_store(store, model, processor, corpora, batch=64, progress=False, shards=slice(None)):
     """Encode every picture that a document of the corpora reads or draws, once over all shards (a slice of them, to share the work); what cannot be
@@ -330,7 +330,7 @@ def encode_frozen(model, processor, kind, pictures):
     posterior = model.vae.encode(pixels).latent_dist
     return (torch.stack([posterior.mean, posterior.std], 1) * model.vae.config.scaling_factor).cpu()
 
-# %% ../nbs/19_full_scale.ipynb #4bc2ad4e
+# %% ../nbs/19_full_scale.ipynb #ee890a76
 def sharding(model, stage):
     """What is sharded and what trains: {"units": modules that are gathered as one (each decoder layer; all else at the root), "ignored": parameters
     that stay whole on every rank, "trained": names of the parameters that learn in `stage`}."""
@@ -378,7 +378,7 @@ def rows_of(tensor):
     first = min(tensor.device_mesh.get_local_rank() * size, len(tensor))
     return first, first + len(tensor.to_local())
 
-# %% ../nbs/19_full_scale.ipynb #1a408796
+# %% ../nbs/19_full_scale.ipynb #8feaa555
 def state_tensors(model, optimizer, ema):
     """What a checkpoint holds, by name: weights that train, both AdamW moments, the moving average. Sharded ones stay sharded."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -441,7 +441,7 @@ def save_checkpoint(folder, tensors, state, keep=3, sharded=False):
             shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"could not save {final} ({problem or 'another rank failed'}); free some space, the checkpoints before are untouched")
 
-# %% ../nbs/19_full_scale.ipynb #3cc3c5fc
+# %% ../nbs/19_full_scale.ipynb #e6fb6a8d
 def whole_checkpoint(folder):
     """The manifest of a checkpoint, or a `ValueError` that says what is wrong with it."""
     try:
@@ -492,7 +492,7 @@ def load_checkpoint(path, tensors):
                     raise ValueError(f"{path}: {name} has another shape there; it belongs to another model")
                 mine.copy_(found)
 
-# %% ../nbs/19_full_scale.ipynb #e4ed5ffa
+# %% ../nbs/19_full_scale.ipynb #8f3d2f24
 @dataclass
 class Settings:
     """How a stage is run. `lanes`: streams of documents, at least as many as there will ever be ranks; `batch`: documents a step, over all ranks, a multiple of
@@ -553,7 +553,7 @@ def backward(model, runner, batches, stage, settings):
         finite = finite and bool(torch.isfinite(loss))
     return sums, finite
 
-# %% ../nbs/19_full_scale.ipynb #4679fe0f
+# %% ../nbs/19_full_scale.ipynb #b58b4a28
 def merged(sums, names, device):
     """Losses over all ranks: {"lm": mean, "image": mean, "lm/NAME": mean ...}; a kind without documents is left out."""
     keys = [key for kind in ("lm", "image") for key in (kind, *(f"{kind}/{name}" for name in names))]
@@ -595,7 +595,7 @@ def update_weights(model, optimizer, ema, stage, settings, step):
             local(slow).lerp_(local(named[name].detach()), 1 - decay)
     return norm
 
-# %% ../nbs/19_full_scale.ipynb #4c0c8a51
+# %% ../nbs/19_full_scale.ipynb #f3eac03f
 class Stopper:
     """Remembers a SIGTERM or Ctrl-C until the step is done, so that a checkpoint can be written; a second Ctrl-C stops at once."""
     def __init__(self):
@@ -647,7 +647,7 @@ def read_log(path):
             break
     return rows
 
-# %% ../nbs/19_full_scale.ipynb #f3aa3a46
+# %% ../nbs/19_full_scale.ipynb #a58de1d4
 def start_state(model, stage, settings, folder):
     """Runner, optimizer, moving average and the state to go on from: of the newest whole checkpoint, or of step 0."""
     runner = distribute(model.train(), stage, settings.parallel, settings.precision, settings.checkpointing, settings.compile)
@@ -735,12 +735,12 @@ def speed(items, began, world, lanes):
     return {"seconds": seconds, "samples_per_second": world * len(items) / seconds, "memory_mb": memory,
             "tokens_per_second": world * sum(len(item.row.input_ids) for item in items) / seconds, "skipped": sum(lane["skipped"] for lane in lanes.values())}
 
-# %% ../nbs/19_full_scale.ipynb #37d0d168
+# %% ../nbs/19_full_scale.ipynb #e73313f6
 def fresh(scale="mini", parts=None, room=512):
     """Model and processor of the miniature before stage I, the same whenever it is called."""
     return mini(trained=False, parts=parts), mini_processor(parts, max_length=room)
 
-# %% ../nbs/19_full_scale.ipynb #d4ac2c8b
+# %% ../nbs/19_full_scale.ipynb #40047907
 @contextmanager
 def gathered(model):
     """The root's own tensors (embeddings, projectors, queries), whole while it lasts; layers are gathered when they are called."""
@@ -787,7 +787,7 @@ def save_weights(model, path):
             raise OSError(f"could not save {path} ({error}); free some space, the checkpoints are untouched") from error
     agree(0.0)
 
-# %% ../nbs/19_full_scale.ipynb #1b438793
+# %% ../nbs/19_full_scale.ipynb #a5aed57f
 def curves(rows):
     """A figure of losses by corpus, gradient norms by part, learning rate, and documents a second."""
     import matplotlib.pyplot as plt
@@ -800,7 +800,8 @@ def curves(rows):
             points = [(row["step"], row[key]) for row in rows if key in row]
             ax.plot(*zip(*points), lw=2 if key == prefix else 0.9, marker="." if len(points) < 30 else None, label=key)
         ax.set(title=title, xlabel="step")
-        ax.legend(fontsize=7, framealpha=0.6)
+        if ax.lines:
+            ax.legend(fontsize=7, framealpha=0.6)
     axes[1, 0].set_yscale("log")
     axes[1, 1].plot([row["step"] for row in rows], [row["samples_per_second"] for row in rows])
     axes[1, 1].set(title="documents a second", xlabel="step", ylim=(0, None))
@@ -828,7 +829,7 @@ def report(folder, title="Training report"):
     out.write_text(page + '<body style="font:16px sans-serif;max-width:72em;margin:auto">' + "\n".join(body) + "</body></html>", encoding="utf8")
     return out
 
-# %% ../nbs/19_full_scale.ipynb #b478865b
+# %% ../nbs/19_full_scale.ipynb #1296ef9a
 def read_recipe(path):
     """(parts, settings, stages) of a YAML recipe: names of the pretrained parts, fields of `Settings`, and three `Stage`s whose `mixture` says for each
     corpus its format, shards and weight. `ValueError` names an unknown field."""
@@ -867,7 +868,7 @@ def corpora_of(stage, data=None, network=False):
         raise ValueError(f"the recipe reads {', '.join(others)}; say with --data where they lie")
     return own + (open_corpora(others, data, network=network) if others else [])
 
-# %% ../nbs/19_full_scale.ipynb #e4e01e97
+# %% ../nbs/19_full_scale.ipynb #cff45af0
 def build(scale, parts, room, network=False):
     """Model and processor before stage I. `parts`: names or folders of `language`, `vision` and `diffusion`; for `mini` a folder with all, or None for
     the shipped ones. Special tokens that the tokenizer lacks are added, and the embeddings grow."""
@@ -898,7 +899,7 @@ def build(scale, parts, room, network=False):
     room = min(room, model.config.text_config.max_position_embeddings)
     return model, DreamLLMProcessor(images, tokenizer, queries, model.config.num_patches, pixels, room, names)
 
-# %% ../nbs/19_full_scale.ipynb #2c713a7b
+# %% ../nbs/19_full_scale.ipynb #d0935f49
 def parser():
     """The command line of `python -m dreamllm_edu.train`."""
     p = argparse.ArgumentParser(prog="python -m dreamllm_edu.train", description="The three stages at any scale: on a laptop, or behind accelerate launch or torchrun.",
@@ -946,7 +947,7 @@ def chosen(args):
     stages[args.stage - 1] = replace(stage, steps=args.steps or stage.steps, batch=args.batch or stage.batch)
     return parts, settings, stages
 
-# %% ../nbs/19_full_scale.ipynb #03e67bd1
+# %% ../nbs/19_full_scale.ipynb #e5d21f36
 def start(args):
     """accelerate's state of this process (ranks, device, trackers); FSDP2 or DDP as its configuration says. Sharding itself is `distribute`'s."""
     from accelerate import Accelerator
@@ -1001,7 +1002,7 @@ def train_stage(args):
         print(f"weights: {folder / 'trained.safetensors'}, report: {report(folder, stage.name)}")
     return folder
 
-# %% ../nbs/19_full_scale.ipynb #473a0f6a
+# %% ../nbs/19_full_scale.ipynb #01047836
 def main(argv=None):
     """Entry point: 0 when done, 1 for an error with its reason, 130 after Ctrl-C or SIGTERM."""
     import dreamllm_edu.generation  # gives DreamLLM its generate method

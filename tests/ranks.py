@@ -1,6 +1,7 @@
 """What `test_ranks.py` runs in every process: the same short trainings, shared in different ways.
 
     torchrun --nproc-per-node N tests/ranks.py FOLDER PARALLEL..."""
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from test_train import QUICK, some_corpora, stage, texts_only
 from torch.distributed.tensor import DTensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dreamllm_edu.corpora import lanes_of
+from dreamllm_edu.documents import Document
 from dreamllm_edu.tokenization import DreamLLMProcessor, train_tokenizer
 from dreamllm_edu.train import Steps, rank_and_world, run, save_weights, step_stream
 
@@ -48,7 +49,7 @@ def train_all(folder, parallel):
     save_weights(model, folder / f"{parallel}-{rank_and_world()[1]}.safetensors")
 
 
-def resume(source, folder, parallel):
+def resume(folder, parallel):
     """Go on from a copy of the checkpoint after three steps of stage II."""
     model = make_tiny()
     run(model, processor(), stage(2, batch=4), corpora(), folder, settings(parallel), progress=False)
@@ -72,15 +73,16 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for job in sys.argv[2:]:
         if job.startswith("resume:"):
-            resume(None, folder / job.removeprefix("resume:"), "fsdp2")
+            resume(folder / job.removeprefix("resume:"), "fsdp2")
+        elif job == "samples":
+            run(make_tiny(), processor(), stage(2, batch=4), corpora(), folder / "samples", replace(settings("fsdp2"), sample_every=2), progress=False,
+                samples=[Document(["a red apple"])])
         elif job == "die":
-            model = make_tiny()
             class Death:
                 def log(self, values, step):
                     if step == 4 and rank_and_world()[0] == 1:
-                        import os
                         os._exit(9)
-            run(model, processor(), stage(2, batch=4), corpora(), folder / "dead", settings("fsdp2"), progress=False, trackers=[Death()])
+            run(make_tiny(), processor(), stage(2, batch=4), corpora(), folder / "dead", settings("fsdp2"), progress=False, trackers=[Death()])
         else:
             train_all(folder, job)
     dist.destroy_process_group()

@@ -340,7 +340,7 @@ def test_mmc4_packed_in_every_way(images, tmp_path):
 @pytest.mark.parametrize("bad", [
     page([]), page([info("0.png", 3)]), page([info("0.png", -1)]), page([info("0.png", True)]), page([info("0.png", 0, "high")]), page(["x"]),
     page([info("0.png", 0)], texts=[1]), page([info("../secret.png", 0)]), page([info(None, 0)]), page([info("0.png", 0, 0.1)]),
-    page([info("0.png", 0, float("nan"))]), {"text_list": ["a"]}, {"image_info": []}])
+    page([info("0.png", 0, float("nan"))]), page([info("0.png", 0), info("1.png", -1)]), {"text_list": ["a"]}, {"image_info": []}])
 def test_mmc4_refuses_in_place(bad, images, tmp_path):
     good = [page([info("0.png", 0)], texts=[text]) for text in ("first", "last")]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [good[0], bad, good[1]])))

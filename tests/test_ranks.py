@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import keep_weights, ranks_without_pictures, resume, train_all
+from ranks import ranks_without_pictures, resume, train_all
 from safetensors.torch import load_file
 from test_train import curve
 
@@ -35,14 +35,14 @@ def runs(tmp_path_factory):
     """All short trainings, once: alone, by two (DDP, FSDP2) and by four (FSDP2, and resumed from two)."""
     folder = tmp_path_factory.mktemp("ranks")
     train_all(folder, "single")
-    two = launch(2, folder, "ddp", "fsdp2")
+    two = launch(2, folder, "ddp", "fsdp2", "samples")
     assert two.returncode == 0, two.stderr[-3000:]
     without_the_end(folder / "fsdp2-2-stage2", folder / "by-four")
     without_the_end(folder / "fsdp2-2-stage2", folder / "by-one")
     without_the_end(folder / "single-1-stage2", folder / "from-one")
     four = launch(4, folder, "fsdp2", "resume:by-four", "resume:from-one")
     assert four.returncode == 0, four.stderr[-3000:]
-    resume(None, folder / "by-one", "single")
+    resume(folder / "by-one", "single")
     return folder
 
 
@@ -98,6 +98,13 @@ def test_gathered_weights_are_a_normal_checkpoint(runs):
     model = load_trained(make_tiny(seed=3), runs / "fsdp2-4.safetensors")
     found = load_file(runs / "fsdp2-4-stage3" / "weights.safetensors")
     torch.testing.assert_close(model.dream_queries.weight, found["dream_queries.weight"], atol=1e-3, rtol=1e-3)
+
+
+def test_sampling_with_sharded_weights_changes_nothing(runs):
+    from dreamllm_edu.documents import read_jsonl
+
+    assert curve(runs / "samples") == curve(runs / "fsdp2-2-stage2")
+    assert read_jsonl(runs / "samples" / "samples-00000004.jsonl")[0].parts[0].startswith("a red apple")
 
 
 def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):

@@ -365,3 +365,44 @@ def test_public_parts_and_a_published_corpus_train_by_the_command(tmp_path, caps
     rows[1]["image"] = "absent.png"
     (tmp_path / "data" / "chat.json").unlink()
     assert main([*line, "--stage", "2"]) == 1 and "chat.json" in capsys.readouterr().err
+
+
+# --- watching it
+
+
+def test_samples_and_report_show_what_was_learned(processor, tmp_path):
+    from dreamllm_edu.documents import Document, read_jsonl
+
+    prompts = [Document(["a red apple"]), Document(["a blue boat"])]
+    run(make_tiny(), processor, stage(2), some_corpora(), tmp_path, replace(QUICK, sample_every=2), progress=False, samples=prompts)
+    drawn = {path.name: read_jsonl(path) for path in tmp_path.glob("samples-*.jsonl")}
+    assert sorted(drawn) == ["samples-00000002.jsonl", "samples-00000004.jsonl"]
+    assert all(d.parts[0].startswith(p.parts[0]) for found in drawn.values() for d, p in zip(found, prompts, strict=True))
+    page = engine.report(tmp_path, "A <run>").read_text()
+    assert "A &lt;run&gt;" in page and "after 2 steps" in page and "a red apple" in page and "data:image/png" in page
+    with pytest.raises(ValueError, match="nothing logged"):
+        engine.report(tmp_path / "elsewhere")
+
+
+def test_sampling_changes_no_number(processor, tmp_path):
+    from dreamllm_edu.documents import Document
+
+    for every in (0, 1):
+        run(make_tiny(), processor, stage(2), some_corpora(), tmp_path / str(every), replace(QUICK, sample_every=every), progress=False, samples=[Document(["a"])])
+    assert curve(tmp_path / "0") == curve(tmp_path / "1")
+
+
+def test_the_log_holds_what_one_wants_to_watch(processor, tmp_path):
+    run(make_tiny(), processor, stage(2, batch=16), some_corpora(), tmp_path, replace(QUICK, log_every=1), progress=False)
+    rows = read_log(tmp_path / "log.jsonl")
+    keys = {key for row in rows for key in row}
+    assert {"lm/pairs/caption", "image/pairs/draw", "norm/language_model", "norm/dream_queries", "lr", "samples_per_second", "tokens_per_second", "memory_mb"} <= keys
+    for row in rows:
+        parts = [row[k] for k in row if k.startswith("norm/")]
+        assert sum(p * p for p in parts) ** 0.5 == pytest.approx(row["norm"], rel=1e-4)
+
+
+def test_tensorboard_is_written_on_demand(tmp_path):
+    pytest.importorskip("tensorboard")
+    assert main(["--steps", "1", "--batch", "4", "--lanes", "4", "--precision", "no", "--trackers", "tensorboard", "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
