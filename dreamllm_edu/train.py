@@ -6,13 +6,13 @@
 __all__ = ['Item', 'throw_dice', 'first_fit', 'packed_rows', 'null_document', 'stacked', 'pack_items', 'Steps', 'step_stream',
            'frozen_inputs', 'counts_of', 'packed_losses', 'fingerprint', 'FeatureStore', 'fill_store', 'encode_frozen',
            'sharding', 'distribute', 'local', 'rows_of', 'state_tensors', 'checksum', 'rank_and_world', 'agree',
-           'save_checkpoint', 'whole_checkpoint', 'last_checkpoint', 'read_rows', 'load_checkpoint', 'Settings',
-           'micro_batches', 'attention', 'precision', 'backward', 'merged', 'full', 'part_norms', 'keep_bad_batch',
-           'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'run', 'speed', 'fresh', 'gathered',
-           'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build', 'parser',
-           'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
+           'everybodys', 'save_checkpoint', 'whole_checkpoint', 'last_checkpoint', 'read_rows', 'load_checkpoint',
+           'Settings', 'micro_batches', 'attention', 'precision', 'backward', 'merged', 'full', 'part_norms',
+           'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'run', 'speed', 'fresh',
+           'gathered', 'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build',
+           'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
 
-# %% ../nbs/19_full_scale.ipynb #72dd6575
+# %% ../nbs/19_full_scale.ipynb #a565a824
 import argparse
 import base64
 import html
@@ -47,7 +47,7 @@ from .model import assemble, load_trained, mini, mini_processor
 from .tokenization import DreamLLMProcessor, Sequence
 from .training import Stage, cut_last_picture, learning_rate_at, set_trainable, step_generator
 
-# %% ../nbs/19_full_scale.ipynb #2dc2467c
+# %% ../nbs/19_full_scale.ipynb #5ec12efe
 @dataclass
 class Item:
     """One encoded document on its way into a batch. `order`: (round, lane), its place in the step; `dice`: `vae_noise` and `noise` [k, Z, h, w],
@@ -71,7 +71,7 @@ def throw_dice(seed, lane, drawn, pictures, latent_shape, dropout):
     return {"vae_noise": noise[0], "noise": noise[1], "timesteps": torch.randint(1000, (pictures,), generator=generator),
             "drop": torch.rand(pictures, generator=generator) < dropout}
 
-# %% ../nbs/19_full_scale.ipynb #b63e30c8
+# %% ../nbs/19_full_scale.ipynb #19f0085e
 def first_fit(lengths, room):
     """Which documents share a row of `room` tokens: lists of indices. Each goes, in order, into the first row that still has room; one that is longer than
     a row is a `ValueError`."""
@@ -89,7 +89,7 @@ def first_fit(lengths, room):
             left.append(room - n)
     return rows
 
-# %% ../nbs/19_full_scale.ipynb #41cb4d83
+# %% ../nbs/19_full_scale.ipynb #5620deab
 def packed_rows(rows, bins, pad):
     """`input_ids`, `labels`, `position_ids` int64 [R, T]: the documents `rows` laid out as `bins` says; padding is a document of its own that nobody
     learns from."""
@@ -102,7 +102,7 @@ def packed_rows(rows, bins, pad):
         out["position_ids"].append([p for i in b for p in range(len(rows[i].input_ids))] + list(range(empty)))
     return {name: torch.tensor(values) for name, values in out.items()}
 
-# %% ../nbs/19_full_scale.ipynb #29df03eb
+# %% ../nbs/19_full_scale.ipynb #b9fa8abc
 def null_document(layout):
     """The empty prompt as a document: its query states are the null condition."""
     ids = [layout.id["<s>"]] + layout.dream_block()
@@ -135,7 +135,7 @@ def pack_items(items, layout, room):
     batch["names"] = [item.name for item in laid]
     return batch
 
-# %% ../nbs/19_full_scale.ipynb #fc7dfd6c
+# %% ../nbs/19_full_scale.ipynb #966d54f4
 class Steps(IterableDataset):
     """The documents of every step that the lanes of one rank give: yields `(items, states)` for each worker in turn; `states` is where the
     lanes stand after the step. `per_lane`: documents a lane gives a step; `store`: a `FeatureStore` or None; `read_last`: as in `Stage`."""
@@ -193,7 +193,7 @@ def step_stream(steps, workers=0):
         parts = [next(loader) for _ in range(max(1, workers))]
         yield sorted((item for items, _ in parts for item in items), key=lambda item: item.order), {k: v for _, s in parts for k, v in s.items()}
 
-# %% ../nbs/19_full_scale.ipynb #ea909670
+# %% ../nbs/19_full_scale.ipynb #abbcac14
 def frozen_inputs(model, batch):
     """`image_features` and `latents` of a batch, from what was read or by the frozen encoders; a batch without pictures costs no pass of either."""
     device, dice, config = model.device, batch["dice"], model.config
@@ -229,7 +229,7 @@ def packed_losses(model, runner, batch):
     pictures = out.picture_losses if latents is not None else torch.zeros(0, device=device)
     return out.token_losses, pictures, 0.0 * (out.conditions.sum() + out.last_hidden_state.sum() + out.token_losses.sum())
 
-# %% ../nbs/19_full_scale.ipynb #05c9e405
+# %% ../nbs/19_full_scale.ipynb #f5d72dab
 def fingerprint(model):
     """Sixteen hex digits of the frozen encoders' weights and of the layer that is read."""
     digest = sha256(repr((model.config.vision_layer, float(model.vae.config.scaling_factor))).encode())
@@ -286,7 +286,7 @@ class FeatureStore:
         """The pictures that are not stored, each once."""
         return list({p.key: p for p in pictures if self.read(kind, [p]) is None}.values())
 
-# %% ../nbs/19_full_scale.ipynb #23c736d8
+# %% ../nbs/19_full_scale.ipynb #1f4af2d3
 @torch.no_grad()
 def fill_store(store, model, processor, corpora, batch=64, progress=False, shards=slice(None)):
     """Encode every picture that a document of the corpora reads or draws, once over all shards (a slice of them, to share the work); what cannot be
@@ -330,7 +330,7 @@ def encode_frozen(model, processor, kind, pictures):
     posterior = model.vae.encode(pixels).latent_dist
     return (torch.stack([posterior.mean, posterior.std], 1) * model.vae.config.scaling_factor).cpu()
 
-# %% ../nbs/19_full_scale.ipynb #ee890a76
+# %% ../nbs/19_full_scale.ipynb #5d5ae6f5
 def sharding(model, stage):
     """What is sharded and what trains: {"units": modules that are gathered as one (each decoder layer; all else at the root), "ignored": parameters
     that stay whole on every rank, "trained": names of the parameters that learn in `stage`}."""
@@ -378,7 +378,7 @@ def rows_of(tensor):
     first = min(tensor.device_mesh.get_local_rank() * size, len(tensor))
     return first, first + len(tensor.to_local())
 
-# %% ../nbs/19_full_scale.ipynb #8feaa555
+# %% ../nbs/19_full_scale.ipynb #b75a086e
 def state_tensors(model, optimizer, ema):
     """What a checkpoint holds, by name: weights that train, both AdamW moments, the moving average. Sharded ones stay sharded."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -402,18 +402,28 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def agree(value, op="max", device="cpu"):
-    """The largest (or the sum) of a number over all ranks."""
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+def agree(value, op="max"):
+    """The largest (or the sum) of numbers over all ranks, on the CPU."""
+    tensor = torch.as_tensor(value, dtype=torch.float64)
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")  # NCCL moves nothing else
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return tensor.cpu()
+
+
+def everybodys(value):
+    """A list of what every rank gave."""
+    found = [value] * rank_and_world()[1]
     if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-    return tensor
+        dist.all_gather_object(found, value)
+    return found
 
 
 def save_checkpoint(folder, tensors, state, keep=3, sharded=False):
-    """Write `folder`/step-N: this rank's rows of `tensors`, and `state` (JSON: step, lanes, stage ...). Keeps the last `keep`. `OSError` on every rank
-    when one could not write; the checkpoints before stay."""
-    folder, rank = Path(folder), rank_and_world()[0]
+    """Write `folder`/step-N, which all ranks must see: this rank's rows of `tensors`, and `state` (JSON: step, lanes, stage ...). Keeps the last `keep`.
+    `OSError` on every rank when one could not write; the checkpoints before stay."""
+    folder, rank, mine = Path(folder), rank_and_world()[0], {}
     aside, final, problem = folder / f".step-{state['step']:08}.part", folder / f"step-{state['step']:08}", None
     try:
         if rank == 0:
@@ -423,12 +433,14 @@ def save_checkpoint(folder, tensors, state, keep=3, sharded=False):
         if sharded or rank == 0:
             rows = {name: rows_of(t) for name, t in tensors.items()}
             whole = {name: local(t).detach().cpu().contiguous() for name, t in tensors.items()}
-            save_file(whole, aside / f"rank-{rank:05}.safetensors", {"rows": json.dumps(rows)})
+            path = aside / f"rank-{rank:05}.safetensors"
+            save_file(whole, path, {"rows": json.dumps(rows)})
+            mine = {path.name: [path.stat().st_size, checksum(path)]}
     except (OSError, SafetensorError) as error:
         problem = error
+    files = {name: found for part in everybodys(mine) for name, found in part.items()}
     if agree(float(problem is not None)) == 0 and rank == 0:
         try:
-            files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(aside.glob("rank-*"))}
             (aside / "manifest.json").write_text(json.dumps({"files": files, "state": state}))
             shutil.rmtree(final, ignore_errors=True)
             aside.replace(final)
@@ -441,7 +453,7 @@ def save_checkpoint(folder, tensors, state, keep=3, sharded=False):
             shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"could not save {final} ({problem or 'another rank failed'}); free some space, the checkpoints before are untouched")
 
-# %% ../nbs/19_full_scale.ipynb #e6fb6a8d
+# %% ../nbs/19_full_scale.ipynb #fb92a1f0
 def whole_checkpoint(folder):
     """The manifest of a checkpoint, or a `ValueError` that says what is wrong with it."""
     try:
@@ -492,7 +504,7 @@ def load_checkpoint(path, tensors):
                     raise ValueError(f"{path}: {name} has another shape there; it belongs to another model")
                 mine.copy_(found)
 
-# %% ../nbs/19_full_scale.ipynb #8f3d2f24
+# %% ../nbs/19_full_scale.ipynb #0f216099
 @dataclass
 class Settings:
     """How a stage is run. `lanes`: streams of documents, at least as many as there will ever be ranks; `batch`: documents a step, over all ranks, a multiple of
@@ -533,8 +545,8 @@ def precision(model, settings):
 
 def backward(model, runner, batches, stage, settings):
     """Gradients of one step; returns sums over all ranks: {"lm": (sum, n), "image": (sum, n), "lm/CORPUS": ...}, and whether this rank's losses are finite."""
-    world, device = rank_and_world()[1], model.device
-    counts = agree(counts_of(batches), "sum", device).clamp(min=1)
+    world = rank_and_world()[1]
+    words, drawings = agree(counts_of(batches), "sum").clamp(min=1).tolist()
     sums, finite = {}, True
     for i, batch in enumerate(batches):
         last = i + 1 == len(batches)
@@ -543,7 +555,7 @@ def backward(model, runner, batches, stage, settings):
         with attention(model), runner.no_sync() if settings.parallel == "ddp" and not last else nullcontext():
             with precision(model, settings):
                 tokens, pictures, zero = packed_losses(model, runner, batch)
-            loss = stage.lm_loss_weight * tokens.sum() / counts[0] + stage.image_loss_weight * pictures.sum() / counts[1]
+            loss = stage.lm_loss_weight * tokens.sum() / words + stage.image_loss_weight * pictures.sum() / drawings
             (world * loss.float() + zero).backward()
         for kind, losses, names in (("lm", tokens, batch["corpus_of_token"]), ("image", pictures, batch["corpus_of_picture"])):
             for name, value in zip(names, losses.detach().double().tolist(), strict=True):
@@ -553,11 +565,11 @@ def backward(model, runner, batches, stage, settings):
         finite = finite and bool(torch.isfinite(loss))
     return sums, finite
 
-# %% ../nbs/19_full_scale.ipynb #b58b4a28
-def merged(sums, names, device):
+# %% ../nbs/19_full_scale.ipynb #f88c2e91
+def merged(sums, names):
     """Losses over all ranks: {"lm": mean, "image": mean, "lm/NAME": mean ...}; a kind without documents is left out."""
     keys = [key for kind in ("lm", "image") for key in (kind, *(f"{kind}/{name}" for name in names))]
-    table = agree(torch.tensor([sums.get(key, (0.0, 0)) for key in keys], dtype=torch.float64), "sum", device)
+    table = agree(torch.tensor([sums.get(key, (0.0, 0)) for key in keys], dtype=torch.float64), "sum")
     return {key: (total / n).item() for key, (total, n) in zip(keys, table) if n}
 
 
@@ -595,7 +607,7 @@ def update_weights(model, optimizer, ema, stage, settings, step):
             local(slow).lerp_(local(named[name].detach()), 1 - decay)
     return norm
 
-# %% ../nbs/19_full_scale.ipynb #f3eac03f
+# %% ../nbs/19_full_scale.ipynb #43d476ca
 class Stopper:
     """Remembers a SIGTERM or Ctrl-C until the step is done, so that a checkpoint can be written; a second Ctrl-C stops at once."""
     def __init__(self):
@@ -647,14 +659,15 @@ def read_log(path):
             break
     return rows
 
-# %% ../nbs/19_full_scale.ipynb #a58de1d4
+# %% ../nbs/19_full_scale.ipynb #f84c8ccf
 def start_state(model, stage, settings, folder):
     """Runner, optimizer, moving average and the state to go on from: of the newest whole checkpoint, or of step 0."""
     runner = distribute(model.train(), stage, settings.parallel, settings.precision, settings.checkpointing, settings.compile)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=stage.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
     ema = {name: p.detach().clone() for name, p in trained.items()} if stage.ema_decay else {}
-    path, state = last_checkpoint(folder, report=lambda text: print(text, file=sys.stderr))
+    found = last_checkpoint(folder, report=lambda text: print(text, file=sys.stderr)) if rank_and_world()[0] == 0 else None
+    path, state = everybodys(found)[0]  # one rank reads the checksums for all
     if path is None:
         return runner, optimizer, ema, {"step": 0, "lanes": {}, "skipped": 0}
     wanted = {"stage": stage.name, "seed": settings.seed, "batch": stage.batch, "lanes": settings.lanes}
@@ -662,7 +675,7 @@ def start_state(model, stage, settings, folder):
     if other:
         raise ValueError(f"{path} was written with {', '.join(other)}: its curve cannot go on; give another --out, or the same settings")
     for p in trained.values():  # AdamW makes its moments at its first step; they must be there to be filled
-        optimizer.state[p] = {"step": torch.tensor(float(state["updates"])), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.tensor(float(state["updates"]), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     load_checkpoint(path, state_tensors(model, optimizer, ema))
     return runner, optimizer, ema, state
 
@@ -682,9 +695,7 @@ def run(model, processor, stage, corpora, folder, settings=Settings(), steps=Non
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=f"stage {stage.name}", disable=not progress or rank > 0, mininterval=1)
 
     def checkpoint(step):
-        gathered = [None] * world
-        dist.all_gather_object(gathered, lanes) if world > 1 else gathered.__setitem__(0, lanes)
-        kept = {"step": step, "updates": updates, "lanes": {k: v for part in gathered for k, v in part.items()},
+        kept = {"step": step, "updates": updates, "lanes": {k: v for part in everybodys(lanes) for k, v in part.items()},
                 "run": {"stage": stage.name, "seed": settings.seed, "batch": stage.batch, "lanes": settings.lanes}}
         save_checkpoint(folder, state_tensors(model, optimizer, ema), kept, settings.keep, settings.parallel == "fsdp2")
         return kept
@@ -699,9 +710,9 @@ def run(model, processor, stage, corpora, folder, settings=Settings(), steps=Non
                 group["lr"] = learning_rate_at(step, steps, stage.learning_rate, min(stage.warmup, steps // 5 + 1))
             optimizer.zero_grad(set_to_none=True)
             sums, finite = backward(model, runner, batches, stage, settings)
-            losses = merged(sums, names, model.device)
+            losses = merged(sums, names)
             norms = part_norms(model) if step % settings.log_every == 0 else {}
-            norm = update_weights(model, optimizer, ema, stage, settings, step) if agree(float(not finite), device=model.device) == 0 else math.nan
+            norm = update_weights(model, optimizer, ema, stage, settings, step) if agree(float(not finite)) == 0 else math.nan
             updates, bad = (updates + 1, 0) if math.isfinite(norm) else (updates, bad + 1)
             if bad:
                 print(f"step {step} is not finite; no weight was changed, its batch is kept in {keep_bad_batch(folder, step, batches)}", file=sys.stderr)
@@ -709,7 +720,7 @@ def run(model, processor, stage, corpora, folder, settings=Settings(), steps=Non
             for tracker in trackers:
                 tracker.log({k: v for k, v in {"lr": optimizer.param_groups[0]["lr"], "norm": norm, **losses, **norms}.items()}, step=step)
             bar.set_postfix(lm=f"{losses.get('lm', math.nan):.3f}", image=f"{losses.get('image', math.nan):.4f}")
-            asked = agree(stopper.asked, device=model.device) > 0
+            asked = agree(stopper.asked) > 0
             if bad >= settings.patience:
                 raise FloatingPointError(f"stage {stage.name}: {bad} steps in a row were not finite, the last {step}; look at {folder}/bad-step-*, lower the "
                                          f"learning rate, and start again: it goes on from the last checkpoint")
@@ -735,12 +746,12 @@ def speed(items, began, world, lanes):
     return {"seconds": seconds, "samples_per_second": world * len(items) / seconds, "memory_mb": memory,
             "tokens_per_second": world * sum(len(item.row.input_ids) for item in items) / seconds, "skipped": sum(lane["skipped"] for lane in lanes.values())}
 
-# %% ../nbs/19_full_scale.ipynb #e73313f6
+# %% ../nbs/19_full_scale.ipynb #f783aae0
 def fresh(scale="mini", parts=None, room=512):
     """Model and processor of the miniature before stage I, the same whenever it is called."""
     return mini(trained=False, parts=parts), mini_processor(parts, max_length=room)
 
-# %% ../nbs/19_full_scale.ipynb #40047907
+# %% ../nbs/19_full_scale.ipynb #1f8be83d
 @contextmanager
 def gathered(model):
     """The root's own tensors (embeddings, projectors, queries), whole while it lasts; layers are gathered when they are called."""
@@ -787,7 +798,7 @@ def save_weights(model, path):
             raise OSError(f"could not save {path} ({error}); free some space, the checkpoints are untouched") from error
     agree(0.0)
 
-# %% ../nbs/19_full_scale.ipynb #a5aed57f
+# %% ../nbs/19_full_scale.ipynb #a0447985
 def curves(rows):
     """A figure of losses by corpus, gradient norms by part, learning rate, and documents a second."""
     import matplotlib.pyplot as plt
@@ -829,7 +840,7 @@ def report(folder, title="Training report"):
     out.write_text(page + '<body style="font:16px sans-serif;max-width:72em;margin:auto">' + "\n".join(body) + "</body></html>", encoding="utf8")
     return out
 
-# %% ../nbs/19_full_scale.ipynb #1296ef9a
+# %% ../nbs/19_full_scale.ipynb #8d9626de
 def read_recipe(path):
     """(parts, settings, stages) of a YAML recipe: names of the pretrained parts, fields of `Settings`, and three `Stage`s whose `mixture` says for each
     corpus its format, shards and weight. `ValueError` names an unknown field."""
@@ -868,7 +879,7 @@ def corpora_of(stage, data=None, network=False):
         raise ValueError(f"the recipe reads {', '.join(others)}; say with --data where they lie")
     return own + (open_corpora(others, data, network=network) if others else [])
 
-# %% ../nbs/19_full_scale.ipynb #cff45af0
+# %% ../nbs/19_full_scale.ipynb #d5e1a6af
 def build(scale, parts, room, network=False):
     """Model and processor before stage I. `parts`: names or folders of `language`, `vision` and `diffusion`; for `mini` a folder with all, or None for
     the shipped ones. Special tokens that the tokenizer lacks are added, and the embeddings grow."""
@@ -899,7 +910,7 @@ def build(scale, parts, room, network=False):
     room = min(room, model.config.text_config.max_position_embeddings)
     return model, DreamLLMProcessor(images, tokenizer, queries, model.config.num_patches, pixels, room, names)
 
-# %% ../nbs/19_full_scale.ipynb #d0935f49
+# %% ../nbs/19_full_scale.ipynb #d1e8943e
 def parser():
     """The command line of `python -m dreamllm_edu.train`."""
     p = argparse.ArgumentParser(prog="python -m dreamllm_edu.train", description="The three stages at any scale: on a laptop, or behind accelerate launch or torchrun.",
@@ -947,7 +958,7 @@ def chosen(args):
     stages[args.stage - 1] = replace(stage, steps=args.steps or stage.steps, batch=args.batch or stage.batch)
     return parts, settings, stages
 
-# %% ../nbs/19_full_scale.ipynb #e5d21f36
+# %% ../nbs/19_full_scale.ipynb #b6103b63
 def start(args):
     """accelerate's state of this process (ranks, device, trackers); FSDP2 or DDP as its configuration says. Sharding itself is `distribute`'s."""
     from accelerate import Accelerator
@@ -1002,7 +1013,7 @@ def train_stage(args):
         print(f"weights: {folder / 'trained.safetensors'}, report: {report(folder, stage.name)}")
     return folder
 
-# %% ../nbs/19_full_scale.ipynb #01047836
+# %% ../nbs/19_full_scale.ipynb #15d9c29b
 def main(argv=None):
     """Entry point: 0 when done, 1 for an error with its reason, 130 after Ctrl-C or SIGTERM."""
     import dreamllm_edu.generation  # gives DreamLLM its generate method

@@ -77,6 +77,8 @@ if __name__ == "__main__":
         elif job == "samples":
             run(make_tiny(), processor(), stage(2, batch=4), corpora(), folder / "samples", replace(settings("fsdp2"), sample_every=2), progress=False,
                 samples=[Document(["a red apple"])])
+        elif job == "bf16":
+            run(make_tiny(), processor(), stage(2, batch=4), corpora(), folder / "bf16", replace(settings("fsdp2"), precision="bf16"), progress=False)
         elif job == "die":
             class Death:
                 def log(self, values, step):

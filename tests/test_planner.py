@@ -205,7 +205,10 @@ def test_the_dry_run_names_missing_gradients():
 
 
 def test_scales():
-    assert scale_config("mini").to_dict() == mini(trained=False).config.to_dict(), "the shipped model's own configuration"
+    read, shipped = scale_config("mini").to_dict(), mini(trained=False).config.to_dict()
+    for part in ("text_config", "vision_config"):
+        read[part].pop("_name_or_path"), shipped[part].pop("_name_or_path")  # where the files lie
+    assert read == shipped, "the shipped model's own configuration"
     small = {}
     for w in weights_of(scale_config("small")):
         small[w.part] = small.get(w.part, 0) + w.numel()

@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     """All short trainings, once: alone, by two (DDP, FSDP2) and by four (FSDP2, and resumed from two)."""
     folder = tmp_path_factory.mktemp("ranks")
     train_all(folder, "single")
-    two = launch(2, folder, "ddp", "fsdp2", "samples")
+    two = launch(2, folder, "ddp", "fsdp2", "samples", "bf16")
     assert two.returncode == 0, two.stderr[-3000:]
     without_the_end(folder / "fsdp2-2-stage2", folder / "by-four")
     without_the_end(folder / "fsdp2-2-stage2", folder / "by-one")
@@ -105,6 +105,11 @@ def test_sampling_with_sharded_weights_changes_nothing(runs):
 
     assert curve(runs / "samples") == curve(runs / "fsdp2-2-stage2")
     assert read_jsonl(runs / "samples" / "samples-00000004.jsonl")[0].parts[0].startswith("a red apple")
+
+
+def test_bfloat16_stays_near_float32(runs):
+    apart = [abs(a[key] - b[key]) for a, b in zip(curve(runs / "bf16"), curve(runs / "fsdp2-2-stage2"), strict=True) for key in ("lm", "image") if a[key] is not None]
+    assert 0 < max(apart) < 0.05
 
 
 def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
