@@ -66,7 +66,9 @@ def test_only_declared_libraries_and_no_network():
         names = {name.split(".")[0] for name in imports(PACKAGE / f"{room}.py")}
         for name in names - {"dreamllm_edu"}:
             assert name in python or brought.get(name, name) in DIRECT, f"{room} imports {name}, which is not declared"
-        assert not names & {"torchvision", "requests", "urllib", "http", "socket", "ftplib", "httpx"}, room
+        reaching = {"torchvision", "requests", "urllib", "http", "socket", "ftplib", "httpx"}
+        found = {name for name in imports(PACKAGE / f"{room}.py") if name.split(".")[0] in reaching}
+        assert found <= {"urllib.parse"}, room  # which only takes addresses apart
 
 
 def test_public_things_have_docstrings():
