@@ -3,7 +3,7 @@
     python benchmarks/corpus_size.py
 
 Writes JSONL corpora of 1e3, 1e4, 1e5 and 1e6 short dialogues, reads 20,000 documents of each through four lanes as training does, encoded, and prints microseconds a
-document and peak memory (traced Python allocations, and resident set of a process of its own). Small corpora are read several times over."""
+document and peak resident memory, each size in a process of its own. Small corpora are read several times over."""
 import argparse
 import json
 import resource
@@ -27,9 +27,11 @@ def measure(path, documents):
     """In a process of its own: (microseconds a document, resident MB)."""
     from dreamllm_edu.corpora import Lane, open_corpora
     from dreamllm_edu.model import mini_processor
+    from dreamllm_edu.tokenization import encode_text
 
     corpora = open_corpora({"talk": {"format": "llava", "shards": path.name, "weight": 1}}, path.parent)
     lanes, layout = [Lane(corpora, lane, 4) for lane in range(4)], mini_processor().layout
+    layout.text_ids = lambda text: encode_text(layout.tokenizer, text)  # without its memory, from which a small corpus would profit
     for lane in lanes:
         next(lane)
     began = time.perf_counter()
