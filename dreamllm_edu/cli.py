@@ -24,7 +24,7 @@ def parser():
             raise argparse.ArgumentTypeError(f"{text} is less than 1")
         return int(text)
 
-    p = command("demo", "learn for five minutes, measure the shipped miniature, write a page with its documents")
+    p = command("demo", "learn for a few minutes, measure the shipped miniature, write a page with its documents")
     p.add_argument("--out", type=Path, default=Path("_demo"), help="folder of the page and metrics.json")
     p.add_argument("--n", type=int, default=150, help="drawings for each metric")
     p = command("pretrain", "make the parts from scratch, one of them or all")

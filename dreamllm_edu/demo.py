@@ -243,7 +243,7 @@ def peak_mb():
 
 
 def demo(out="_demo", n=150, progress=True):
-    """The main job: learn for five minutes, measure the shipped miniature, write the page. Returns the metrics, also written to `metrics.json`."""
+    """The main job: learn for a few minutes, measure the shipped miniature, write the page. Returns the metrics, also written to `metrics.json`."""
     out, began, seconds = Path(out), time.time(), {}
     out.mkdir(parents=True, exist_ok=True)
     world, processor, judge = World(), mini_processor(), load_judge(WEIGHTS / "mini" / "judge")

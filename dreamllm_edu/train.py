@@ -29,6 +29,7 @@ import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -925,7 +926,7 @@ def parser():
     p.add_argument("--cache", type=Path, help="folder of frozen features; what is there is read instead of computed")
     p.add_argument("--fill-cache", action="store_true", help="compute the frozen features of the stage's corpora into --cache, and stop")
     p.add_argument("--parallel", choices=["auto", "single", "ddp", "fsdp2"], default="auto")
-    p.add_argument("--trackers", nargs="*", default=[], help="accelerate trackers: tensorboard, wandb, trackio")
+    p.add_argument("--trackers", nargs="*", help="accelerate trackers: tensorboard, wandb, trackio (default: tensorboard where it is installed)")
     p.add_argument("--network", action="store_true", help="allow hub names and URLs for parts and shards")
     for name, kind in (("steps", int), ("batch", int), ("micro-batch", int), ("lanes", int), ("workers", int), ("seed", int), ("save-every", int), ("keep", int),
                        ("log-every", int), ("sample-every", int), ("patience", int), ("precision", str)):
@@ -963,6 +964,8 @@ def start(args):
     """accelerate's state of this process (ranks, device, trackers); FSDP2 or DDP as its configuration says. Sharding itself is `distribute`'s."""
     from accelerate import Accelerator
 
+    if args.trackers is None:
+        args.trackers = ["tensorboard"] if find_spec("tensorboard") else []
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.trackers or None, project_dir=str(args.out))
     if accelerator.distributed_type.value == "DEEPSPEED":
         raise ValueError("DeepSpeed is not wired in; recipes/fsdp2_8x80gb.yaml shards the same things")

@@ -272,3 +272,14 @@ def test_evaluate_refuses_a_missing_checkpoint_before_measuring(tmp_path, capsys
     began = time.process_time()
     refused(["evaluate", "--trained", tmp_path / "gone.safetensors", "--out", tmp_path / "m.json"], capsys, "gone.safetensors")
     assert time.process_time() - began < 30 and not (tmp_path / "m.json").exists()
+
+
+def test_train_says_when_the_weights_to_go_on_from_are_missing(tmp_path, capsys):
+    assert main(["train", "--init", str(tmp_path / "absent.safetensors"), "--out", str(tmp_path / "out")]) == 1
+    assert "absent.safetensors: no such file" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_plan_says_what_fits_and_what_does_not(capsys):
+    line = ["plan", "--scale", "mini", "--gpus", "1", "--stage", "2", "--micro-batch", "2"]
+    assert main(line) == 0 and "in all, each GPU" in capsys.readouterr().out
+    assert main([*line, "--gpu-memory", "0.1"]) == 1 and "does not fit" in capsys.readouterr().err

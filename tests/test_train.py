@@ -402,7 +402,8 @@ def test_the_log_holds_what_one_wants_to_watch(processor, tmp_path):
         assert sum(p * p for p in parts) ** 0.5 == pytest.approx(row["norm"], rel=1e-4)
 
 
-def test_tensorboard_is_written_on_demand(tmp_path):
+@pytest.mark.parametrize("asked, written", [([], True), (["--trackers", "tensorboard"], True), (["--trackers"], False)])
+def test_tensorboard_is_the_default(tmp_path, asked, written):
     pytest.importorskip("tensorboard")
-    assert main(["--steps", "1", "--batch", "4", "--lanes", "4", "--precision", "no", "--trackers", "tensorboard", "--out", str(tmp_path)]) == 0
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    assert main(["--steps", "1", "--batch", "4", "--lanes", "4", "--precision", "no", *asked, "--out", str(tmp_path)]) == 0
+    assert bool(list(tmp_path.rglob("events.out.tfevents.*"))) == written
