@@ -8,9 +8,9 @@ __all__ = ['Item', 'throw_dice', 'first_fit', 'packed_rows', 'null_document', 's
            'sharding', 'distribute', 'local', 'rows_of', 'state_tensors', 'checksum', 'rank_and_world', 'agree',
            'everybodys', 'save_checkpoint', 'whole_checkpoint', 'last_checkpoint', 'read_rows', 'load_checkpoint',
            'Settings', 'micro_batches', 'attention', 'precision', 'backward', 'merged', 'full', 'part_norms',
-           'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'run', 'speed', 'fresh',
-           'gathered', 'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build',
-           'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
+           'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'run', 'speed', 'gathered',
+           'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build', 'parser',
+           'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
 
 # %% ../nbs/19_full_scale.ipynb #a565a824
 import argparse
@@ -746,11 +746,6 @@ def speed(items, began, world, lanes):
     memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": seconds, "samples_per_second": world * len(items) / seconds, "memory_mb": memory,
             "tokens_per_second": world * sum(len(item.row.input_ids) for item in items) / seconds, "skipped": sum(lane["skipped"] for lane in lanes.values())}
-
-# %% ../nbs/19_full_scale.ipynb #f783aae0
-def fresh(scale="mini", parts=None, room=512):
-    """Model and processor of the miniature before stage I, the same whenever it is called."""
-    return mini(trained=False, parts=parts), mini_processor(parts, max_length=room)
 
 # %% ../nbs/19_full_scale.ipynb #1f8be83d
 @contextmanager
