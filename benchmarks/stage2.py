@@ -26,7 +26,7 @@ def plain_step(model, items, layout, stage):
     """The step as one would first write it."""
     batch = collate([item.row for item in items], layout.id["<pad>"])
     dice = {name: torch.cat([item.dice[name] for item in items]) for name in items[0].dice}
-    out = model(**batch, pixel_values=stacked(items, "pixels", None), target_pixel_values=stacked(items, "targets", None), vae_noise=dice["vae_noise"],
+    out = model(**batch, pixel_values=stacked(items, "pixels"), target_pixel_values=stacked(items, "targets"), vae_noise=dice["vae_noise"],
                 noise=dice["noise"], timesteps=dice["timesteps"], condition_drop_mask=dice["drop"])
     out.loss.backward()
 

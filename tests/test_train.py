@@ -16,7 +16,7 @@ from safetensors import safe_open
 from dreamllm_edu import train as engine
 from dreamllm_edu.corpora import Corpus, Record, emoji
 from dreamllm_edu.train import (FeatureStore, Settings, Steps, fingerprint, first_fit, last_checkpoint, load_checkpoint, main, pack_items, packed_losses, read_log,
-                                read_recipe, run, save_checkpoint, step_stream, train_stage)
+                                read_recipe, run, save_checkpoint, step_stream)
 from dreamllm_edu.training import ALIGN, STAGES, Stage
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +115,20 @@ def test_stored_features_change_no_loss(processor, tmp_path):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     other = make_tiny(seed=1)
     assert fingerprint(other) != fingerprint(model), "another encoder's features must not be read"
+
+
+def test_a_store_that_holds_some_pictures_mixes_none_up(processor, tmp_path):
+    model, corpora = make_tiny(), some_corpora()
+    store = FeatureStore(tmp_path, fingerprint(model), torch.float32)
+    engine.fill_store(store, model, processor, [replace(c, read=lambda shard, c=c: list(c.read(shard))[::2]) for c in corpora])
+    make = lambda store: next(step_stream(Steps(corpora, processor, model.config, 4, per_lane=4, store=store, read_last=False)))[0]
+    items = make(store)
+    assert {(i.features is None, i.pixels is None) for i in items if i.row.images} == {(True, False), (False, True)}, "stored and fresh in one batch"
+    assert {(i.moments is None, i.targets is None) for i in items if i.row.targets} == {(True, False), (False, True)}
+    with torch.no_grad():
+        read, made = [packed_losses(model, model, pack_items(found, processor.layout, 256)) for found in (items, make(None))]
+    for a, b in zip(read[:2], made[:2]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 def test_micro_batches_change_nothing(processor, tmp_path):
@@ -228,6 +242,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(processor
     assert [p.name for p in kept] == [f"bad-step-{i:08}-rank-00000.safetensors" for i in range(3)]
     with safe_open(kept[0], "pt") as file:
         assert "0/input_ids" in file.keys() and "0/noise" in file.keys() and len(json.loads(file.metadata()["names"])[0]) == 8
+
+
+def test_a_checkpoint_before_any_update_can_be_written_and_read(processor, tmp_path):
+    model = make_tiny()
+    model.unet.conv_out.weight.data.fill_(float("nan"))
+    drawings = [thin(emoji("pairs/draw", ["pairs/draw"]))]
+    with pytest.raises(FloatingPointError):
+        run(model, processor, stage(2), drawings, tmp_path, replace(QUICK, save_every=1), progress=False)
+    assert last_checkpoint(tmp_path)[1]["updates"] == 0 and last_checkpoint(tmp_path)[1]["step"] == 2
+    run(make_tiny(), processor, stage(2), drawings, tmp_path, QUICK, progress=False)
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_one_bad_step_is_skipped_and_training_goes_on(processor, tmp_path):
