@@ -126,7 +126,7 @@ def run_train(args):
         load_trained(model, args.init)
     def keep(stage, model, history):
         save_trained(model, args.out / f"{stage.name}.safetensors")
-    train(model, mini_processor(args.parts), STAGES[args.scale], folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=4)
+    train(model, mini_processor(args.parts), STAGES[args.scale], folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=6)
     save_trained(model, args.out / "trained.safetensors")
     print(f"trained weights: {args.out / 'trained.safetensors'}")
 

@@ -77,7 +77,7 @@ def quick_training(processor, judge, world, steps=DEMO_STEPS, progress=True, n=6
     """The three stages, short, from the shipped parts. Returns the trained model, what it drew before and after each stage, the histories and the scores."""
     with quiet():
         model = mini(trained=False)
-    stages = [replace(stage, mixture=mixture, warmup=20, ema_decay=0.95) for stage, mixture in zip(STAGES["mini"], DEMO_MIXTURES)]
+    stages = [replace(stage, mixture=mixture, batch=64, warmup=20, ema_decay=0.95) for stage, mixture in zip(STAGES["mini"], DEMO_MIXTURES)]
     texts = [caption(name, style) for name, style in wishes(world, "train", 8, seed=1)]
     before = quick_scores(model, processor, judge, world, n)
     shown, labels = [draw(model, processor, texts)], ["before"]

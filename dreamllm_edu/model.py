@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from .data import HERE
-from .losses import denoising_loss, min_snr_weights
+from .losses import denoising_loss, draw_timesteps, min_snr_weights
 from .queries import ConditionProjector, DreamQueries, slots_after, splice
 from .tokenization import DreamLLMProcessor, later
 from .vision import VisualProjector, patch_features
@@ -40,20 +40,22 @@ class DreamLLMConfig(PreTrainedConfig):
     """Sizes of every part, and the loss.
 
     `text_config`: Llama; `vision_config`: CLIP's vision tower; `unet_config`, `vae_config`, `scheduler_config`: diffusers' own.
-    `prediction_type` overrides the scheduler's; `snr_gamma`, `noise_offset`, `input_perturbation`: options of the denoising loss, off by default.
+    `prediction_type` overrides the scheduler's; `snr_gamma`, `noise_offset`, `input_perturbation`,
+    `timestep_exponent` (see `draw_timesteps`): options of the denoising loss, off by default.
     `compat="official"`: where the official code has a bug, do as it does (the table of quirks in notebook 15)."""
     model_type = "dreamllm_edu"
     sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
 
     def __init__(self, text_config=None, vision_config=None, unet_config=None, vae_config=None, scheduler_config=None, num_queries=8,
                  vision_layer=-2, dream_start_id=3, image_start_id=6, query_token_id=4, lm_loss_weight=1.0, image_loss_weight=10.0, condition_dropout=0.1,
-                 prediction_type=None, snr_gamma=None, noise_offset=0.0, input_perturbation=0.0, compat=None, **kwargs):
+                 prediction_type=None, snr_gamma=None, noise_offset=0.0, input_perturbation=0.0, timestep_exponent=1.0, compat=None, **kwargs):
         self.text_config = LlamaConfig(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
         self.vision_config = CLIPVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config or CLIPVisionConfig()
         self.unet_config, self.vae_config, self.scheduler_config = unet_config or {}, vae_config or {}, scheduler_config or {}
         if prediction_type is not None:
             self.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
-        self.snr_gamma, self.noise_offset, self.input_perturbation, self.compat = snr_gamma, noise_offset, input_perturbation, compat
+        self.snr_gamma, self.noise_offset, self.input_perturbation = snr_gamma, noise_offset, input_perturbation
+        self.timestep_exponent, self.compat = timestep_exponent, compat
         self.num_queries, self.vision_layer = num_queries, vision_layer
         self.dream_start_id, self.image_start_id, self.query_token_id = dream_start_id, image_start_id, query_token_id
         self.lm_loss_weight, self.image_loss_weight, self.condition_dropout = lm_loss_weight, image_loss_weight, condition_dropout
@@ -61,6 +63,8 @@ class DreamLLMConfig(PreTrainedConfig):
             raise ValueError(f"num_queries={num_queries} must be positive and condition_dropout={condition_dropout} between 0 and 1")
         if compat not in (None, "official") or snr_gamma is not None and snr_gamma <= 0:
             raise ValueError(f"compat={compat!r} must be None or 'official', snr_gamma={snr_gamma} None or positive")
+        if timestep_exponent <= 0:
+            raise ValueError(f"timestep_exponent={timestep_exponent} must be positive; 1 draws every time step as often")
         super().__init__(**{"tie_word_embeddings": self.text_config.tie_word_embeddings, **kwargs})
 
     @property
@@ -226,7 +230,8 @@ def draws(self, latents, generator, noise, timesteps, drop_mask, offset_noise=No
     if config.input_perturbation:
         perturbation = config.input_perturbation * (normal(*latents.shape) if perturbation_noise is None else perturbation_noise)
     if timesteps is None:
-        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator).to(latents.device)
+        total = self.scheduler.config.num_train_timesteps
+        timesteps = draw_timesteps(total, len(latents), generator, config.timestep_exponent).to(latents.device)
     if drop_mask is None and self.training and config.condition_dropout:
         drop_mask = torch.bernoulli(torch.full(latents.shape[:1], config.condition_dropout), generator=generator).bool().to(latents.device)
     return noise, timesteps, drop_mask, perturbation

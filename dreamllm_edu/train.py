@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Item', 'throw_dice', 'first_fit', 'packed_rows', 'null_document', 'stacked', 'places', 'pack_items', 'row_of',
            'Steps', 'step_stream', 'vae_moments', 'frozen_inputs', 'counts_of', 'packed_losses', 'fingerprint',
-           'FeatureStore', 'fill_store', 'encode_frozen', 'sharding', 'distribute', 'local', 'rows_of', 'state_tensors',
-           'checksum', 'rank_and_world', 'agree', 'everybodys', 'save_checkpoint', 'whole_checkpoint',
-           'last_checkpoint', 'read_rows', 'load_checkpoint', 'Settings', 'micro_batches', 'attention', 'precision',
-           'backward', 'merged', 'full', 'part_norms', 'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log',
-           'start_state', 'run', 'speed', 'gathered', 'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe',
-           'corpora_of', 'build', 'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
+           'FeatureStore', 'fill_store', 'encode_frozen', 'sharding', 'distribute', 'Learner', 'zero3', 'Share',
+           'share_of', 'put', 'whole', 'state_shares', 'checksum', 'rank_and_world', 'agree', 'everybodys',
+           'save_checkpoint', 'whole_checkpoint', 'last_checkpoint', 'read_share', 'load_checkpoint', 'Settings',
+           'micro_batches', 'attention', 'precision', 'backward', 'merged', 'full', 'gradient_norm', 'part_norms',
+           'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'run', 'speed', 'gathered',
+           'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build', 'parser',
+           'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
 
 # %% ../nbs/19_full_scale.ipynb #a565a824
 import argparse
@@ -44,6 +45,7 @@ from tqdm.auto import tqdm
 
 from .corpora import Lane, emoji, lanes_of, open_corpora
 from .documents import Document, picture_tensor
+from .losses import draw_timesteps
 from .model import assemble, load_trained, mini, mini_processor
 from .tokenization import DreamLLMProcessor, Sequence
 from .training import Stage, cut_last_picture, learning_rate_at, set_trainable, step_generator
@@ -65,11 +67,11 @@ class Item:
     targets: torch.Tensor = None
 
 
-def throw_dice(seed, lane, drawn, pictures, latent_shape, dropout, timesteps=1000):
+def throw_dice(seed, lane, drawn, pictures, latent_shape, dropout, timesteps=1000, exponent=1.0):
     """All that is random about document `drawn` of `lane`, on the CPU, so that it is the same number on every machine."""
     generator = step_generator(seed * 65_537 + lane, drawn)
     noise = torch.randn(2, pictures, *latent_shape, generator=generator)
-    return {"vae_noise": noise[0], "noise": noise[1], "timesteps": torch.randint(timesteps, (pictures,), generator=generator),
+    return {"vae_noise": noise[0], "noise": noise[1], "timesteps": draw_timesteps(timesteps, pictures, generator, exponent),
             "drop": torch.rand(pictures, generator=generator) < dropout}
 
 # %% ../nbs/19_full_scale.ipynb #19f0085e
@@ -164,7 +166,7 @@ class Steps(IterableDataset):
         self.mine, self.states, self.store, self.read_last = lanes_of(rank, world, lanes), states or {}, store, read_last
         z, side = config.vae_config["latent_channels"], config.unet_config["sample_size"]
         self.latent_shape, self.dropout = (z, side, side), config.condition_dropout
-        self.timesteps = config.scheduler_config.get("num_train_timesteps", 1000)
+        self.timesteps, self.exponent = config.scheduler_config.get("num_train_timesteps", 1000), config.timestep_exponent
         block = len(self.layout.dream_block()) + len(self.layout.image_block())
         if block + 2 > self.layout.max_length:
             raise ValueError(f"one drawn picture takes {block} tokens, a document may have {self.layout.max_length}: no picture would ever fit; raise max_length")
@@ -172,7 +174,7 @@ class Steps(IterableDataset):
     def item(self, record, lane, drawn, order):
         """An `Item` of a record; `ValueError` if one of its pictures cannot be opened."""
         row = row_of(record, self.layout, self.read_last)
-        dice = throw_dice(self.seed, lane, drawn, len(row.targets), self.latent_shape, self.dropout, self.timesteps)
+        dice = throw_dice(self.seed, lane, drawn, len(row.targets), self.latent_shape, self.dropout, self.timesteps, self.exponent)
         item = Item(row, record.corpus, record.name, order, dice)
         known = self.store.read if self.store else lambda kind, pictures: None
         if row.images:
@@ -250,7 +252,7 @@ def packed_losses(model, runner, batch):
                                         "condition_drop_mask": dice["drop"].to(device)}
     out = runner(input_ids=batch["input_ids"].to(device), labels=batch["labels"].to(device), position_ids=batch["position_ids"].to(device),
                  image_features=features, labelled_only=True, null_included=True, **drawn)
-    pictures = out.picture_losses if latents is not None else torch.zeros(0, device=device)
+    pictures = out.picture_losses if out.picture_losses is not None else torch.zeros(0, device=device)
     return out.token_losses, pictures, 0.0 * (out.conditions.sum() + out.last_hidden_state.sum() + out.token_losses.sum())
 
 # %% ../nbs/19_full_scale.ipynb #f5d72dab
@@ -363,8 +365,9 @@ def sharding(model, stage):
 
 
 def distribute(model, stage, parallel="single", precision="no", checkpointing=False, compile=False):
-    """Make `model` train on this rank's share; returns the thing to call. `parallel`: "single", "ddp" or "fsdp2" (the last two in a running process
-    group); `precision`: "no" or "bf16" (weights stay float32 where they are kept; computing, gathering and the frozen parts are bfloat16)."""
+    """Make `model` train on this rank's share; returns the thing to call. `parallel`: "single", or in a running process group "ddp",
+    "fsdp2" or "zero3" (`zero3` has the rest to do); `precision`: "no" or "bf16" (weights stay float32 where they are kept; computing, gathering and the frozen
+    parts are bfloat16)."""
     plan = sharding(model, stage)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -382,33 +385,101 @@ def distribute(model, stage, parallel="single", precision="no", checkpointing=Fa
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
         for module in (*plan["units"], model):  # the model last: it takes what is left
             fully_shard(module, mp_policy=policy, ignored_params=plan["ignored"])
-    elif parallel != "single":
-        raise ValueError(f"parallel={parallel!r}: use 'single', 'ddp' or 'fsdp2'")
+    elif parallel not in ("single", "zero3"):
+        raise ValueError(f"parallel={parallel!r}: use 'single', 'ddp', 'fsdp2' or 'zero3'")
     return model
 
-
-def local(tensor):
-    """This rank's rows of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def rows_of(tensor):
-    """(first, end) of this rank's rows of dimension 0, as `torch.chunk` deals them."""
-    if not isinstance(tensor, DTensor):
-        return 0, len(tensor)
-    size = -(-len(tensor) // tensor.device_mesh.size())
-    first = min(tensor.device_mesh.get_local_rank() * size, len(tensor))
-    return first, first + len(tensor.to_local())
-
 # %% ../nbs/19_full_scale.ipynb #b75a086e
-def state_tensors(model, optimizer, ema):
-    """What a checkpoint holds, by name: weights that train, both AdamW moments, the moving average. Sharded ones stay sharded."""
+class Learner(torch.nn.Module):
+    """A model as DeepSpeed sees it: without its frozen parts, though they work. A rank without pictures has no picture losses, but [0] of them: every rank must
+    go back through the same layers in the same order."""
+    def __init__(self, model):
+        super().__init__()
+        for name, child in model.named_children():
+            if name not in model.frozen_parts:
+                self.add_module(name, child)
+        object.__setattr__(self, "model", model)  # an attribute, not a module of this one
+
+    def forward(self, **batch):
+        out = self.model(**batch)
+        if out.picture_losses is None:
+            out.picture_losses = out.conditions[:0].sum((1, 2))
+        return out
+
+
+def zero3(model, optimizer, settings):
+    """DeepSpeed's engine around what trains (ZeRO stage 3, Rajbhandari et al. 2020), with `optimizer` and `settings.deepspeed`, a JSON file of further options
+    such as offload. `ValueError` when DeepSpeed is not installed or the file cannot be read."""
+    try:
+        given = json.loads(Path(settings.deepspeed).read_text(encoding="utf8")) if settings.deepspeed else {}
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"zero3 needs DeepSpeed ({error}): pip install 'dreamllm_edu[deepspeed]'; or take fsdp2, which shards the same things") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{settings.deepspeed}: not a DeepSpeed configuration ({error}); recipes/zero3.json is one") from error
+    options = {**given, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": settings.clip_norm,  # micro-batches are counted in `backward`
+               "zero_optimization": {**given.get("zero_optimization", {}), "stage": 3, "stage3_param_persistence_threshold": 0},
+               "torch_autocast": {"enabled": settings.precision == "bf16", "dtype": "bfloat16"}}
+    options.pop("train_batch_size", None)
+    return deepspeed.initialize(model=Learner(model), optimizer=optimizer, config=options)[0]
+
+# %% ../nbs/19_full_scale.ipynb #fb35c708
+@dataclass
+class Share:
+    """This rank's part of a tensor of `shape`: `values`, 1-D, are its elements from `first` on, counted row by row."""
+    values: torch.Tensor
+    first: int
+    shape: tuple
+
+
+def share_of(p, optimizer=None, key=None):
+    """The `Share` of a tensor, or with `key` of its AdamW moment: all of it, or rows (FSDP2), or an equal number of elements (DeepSpeed)."""
+    if hasattr(p, "ds_numel"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        values = (safe_get_local_optimizer_state(p, key) if key else safe_get_local_fp32_param(p)).detach()
+        first = dist.get_rank() * len(values)
+        return Share(values[:max(0, p.ds_numel - first)], first, tuple(p.ds_shape))  # the last share is filled up with zeros
+    tensor = optimizer.state[p][key] if key else p.detach()
+    if not isinstance(tensor, DTensor):
+        return Share(tensor.view(-1), 0, tuple(tensor.shape))
+    rows = -(-len(tensor) // tensor.device_mesh.size())  # as `torch.chunk` deals them
+    first = min(tensor.device_mesh.get_local_rank() * rows, len(tensor))
+    return Share(tensor.to_local().view(-1), first * math.prod(tensor.shape[1:]), tuple(tensor.shape))
+
+
+def put(values, p, optimizer=None, key=None):
+    """Overwrite this rank's share of a parameter, or of its AdamW moment `key`."""
+    if not hasattr(p, "ds_numel"):
+        return share_of(p, optimizer, key).values.copy_(values)
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    padded = torch.nn.functional.pad(values, (0, p.ds_tensor.numel() - len(values)))
+    if key:
+        return safe_set_local_optimizer_state(p, padded, key)
+    safe_set_local_fp32_param(p, padded)
+    p.ds_tensor.data.copy_(padded)  # what it computes with is another copy than what AdamW updates
+
+
+def whole(tensor):
+    """All of a sharded tensor, on every rank; any other tensor itself."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not hasattr(tensor, "ds_numel"):
+        return tensor
+    from deepspeed import zero
+
+    with zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+# %% ../nbs/19_full_scale.ipynb #0367f207
+def state_shares(model, optimizer, ema):
+    """What a checkpoint holds, by name: this rank's `Share`s of the weights that train, both AdamW moments, the moving average."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = {f"model/{name}": p.detach() for name, p in trained.items()}
-    for name, p in trained.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            found[f"{key}/{name}"] = optimizer.state[p][key]
-    return {**found, **{f"ema/{name}": tensor for name, tensor in ema.items()}}
+    found = {f"model/{name}": share_of(p) for name, p in trained.items()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        found.update({f"{key}/{name}": share_of(p, optimizer, key) for name, p in trained.items()})
+    return {**found, **{f"ema/{name}": replace(found[f"model/{name}"], values=values) for name, values in ema.items()}}
 
 
 def checksum(path):
@@ -442,8 +513,8 @@ def everybodys(value):
     return found
 
 
-def save_checkpoint(folder, tensors, state, keep=3, sharded=False):
-    """Write `folder`/step-N, which all ranks must see: this rank's rows of `tensors`, and `state` (JSON: step, lanes, stage ...). Keeps the last `keep`.
+def save_checkpoint(folder, shares, state, keep=3, sharded=False):
+    """Write `folder`/step-N, which all ranks must see: this rank's `shares` by name, and `state` (JSON: step, lanes, stage ...). Keeps the last `keep`.
     `OSError` on every rank when one could not write; the checkpoints before stay."""
     folder, rank, mine = Path(folder), rank_and_world()[0], {}
     aside, final, problem = folder / f".step-{state['step']:08}.part", folder / f"step-{state['step']:08}", None
@@ -456,10 +527,9 @@ def save_checkpoint(folder, tensors, state, keep=3, sharded=False):
     agree(0.0)  # nobody writes before the folder is there; all come here, also who could not make it
     try:
         if sharded or rank == 0:
-            rows = {name: rows_of(t) for name, t in tensors.items()}
-            whole = {name: local(t).detach().cpu().contiguous() for name, t in tensors.items()}
             path = aside / f"rank-{rank:05}.safetensors"
-            save_file(whole, path, {"rows": json.dumps(rows)})
+            where = {name: (share.first, share.first + len(share.values), share.shape) for name, share in shares.items()}
+            save_file({name: share.values.detach().cpu() for name, share in shares.items()}, path, {"shares": json.dumps(where)})
             mine = {path.name: [path.stat().st_size, checksum(path)]}
     except (OSError, SafetensorError) as error:
         problem = error
@@ -478,7 +548,7 @@ def save_checkpoint(folder, tensors, state, keep=3, sharded=False):
             shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"could not save {final} ({problem or 'another rank failed'}); free some space, the checkpoints before are untouched")
 
-# %% ../nbs/19_full_scale.ipynb #fb92a1f0
+# %% ../nbs/19_full_scale.ipynb #71be8365
 def whole_checkpoint(folder):
     """The manifest of a checkpoint, or a `ValueError` that says what is wrong with it."""
     try:
@@ -501,40 +571,39 @@ def last_checkpoint(folder, report=print):
     return None, None
 
 
-def read_rows(files, name, first, end):
-    """Rows first to end of the tensor `name` from the ranks' files."""
-    pieces = []
-    for file in files:
-        if name not in file.keys():
-            continue
-        begin, stop = json.loads(file.metadata()["rows"])[name]
+def read_share(files, where, name, share):
+    """The elements of `share` from the ranks' files: `where` says for each file and name (first, end, shape). None if they are another tensor's."""
+    pieces, first, end = [], share.first, share.first + len(share.values)
+    for file, inside in zip(files, where):
+        begin, stop, shape = inside[name]
         low, high = max(first, begin), min(end, stop)
+        if tuple(shape) != tuple(share.shape):
+            return None
         if low < high:
             pieces.append((low, file.get_slice(name)[low - begin:high - begin]))
-    return torch.cat([piece for _, piece in sorted(pieces, key=lambda p: p[0])]) if pieces else None
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda p: p[0])]) if pieces else share.values[:0]
 
 
-def load_checkpoint(path, tensors):
-    """Fill this rank's rows of `tensors` from a checkpoint, whatever number of ranks wrote it. `ValueError` when it is another model's or stage's."""
-    with torch.no_grad():
-        files = [safe_open(file, "pt") for file in sorted(path.glob("rank-*.safetensors"))]
-        stored = {name for file in files for name in file.keys()}
-        if stored != set(tensors):
-            raise ValueError(f"{path} holds other tensors than this stage trains, such as {sorted(stored ^ set(tensors))[0]}; give another --out, or delete it")
-        for name, tensor in tensors.items():
-            mine, (first, end) = local(tensor), rows_of(tensor)
-            if first < end:
-                found = read_rows(files, name, first, end)
-                if found is None or found.shape != mine.shape:
-                    raise ValueError(f"{path}: {name} has another shape there; it belongs to another model")
-                mine.copy_(found)
+def load_checkpoint(path, shares):
+    """Fill this rank's `shares` from a checkpoint, whatever number of ranks wrote it. `ValueError` when it is another model's or stage's."""
+    files = [safe_open(file, "pt") for file in sorted(path.glob("rank-*.safetensors"))]
+    where = [json.loads(file.metadata()["shares"]) for file in files]
+    stored = {name for inside in where for name in inside}
+    if stored != set(shares):
+        raise ValueError(f"{path} holds other tensors than this stage trains, such as {sorted(stored ^ set(shares))[0]}; give another --out, or delete it")
+    for name, share in shares.items():
+        found = read_share(files, where, name, share)
+        if found is None or len(found) != len(share.values):
+            raise ValueError(f"{path}: {name} has another shape there; it belongs to another model")
+        share.values.copy_(found)
 
 # %% ../nbs/19_full_scale.ipynb #0f216099
 @dataclass
 class Settings:
-    """How a stage is run. `lanes`: streams of documents, at least as many as there will ever be ranks; `batch`: documents a step, over all ranks, a multiple of
+    """How a stage is run. `deepspeed`: a JSON file for "zero3"; `lanes`: streams of documents, at least as many as there will ever be ranks; `batch`: documents a step, over all ranks, a multiple of
     `lanes`; `micro_batch`: documents that a rank computes at once (0: all of its own); `room`: tokens of a packed row; `patience`: steps in a row that may be not finite."""
     parallel: str = "single"
+    deepspeed: str = ""
     precision: str = "no"
     lanes: int = 8
     micro_batch: int = 0
@@ -577,11 +646,13 @@ def backward(model, runner, batches, stage, settings):
         last = i + 1 == len(batches)
         if settings.parallel == "fsdp2":
             model.set_requires_gradient_sync(last)
+        if settings.parallel == "zero3":
+            runner.set_gradient_accumulation_boundary(last)
         with attention(model), runner.no_sync() if settings.parallel == "ddp" and not last else nullcontext():
             with precision(model, settings):
                 tokens, pictures, zero = packed_losses(model, runner, batch)
             loss = stage.lm_loss_weight * tokens.sum() / words + stage.image_loss_weight * pictures.sum() / drawings
-            (world * loss.float() + zero).backward()
+            (runner.backward if settings.parallel == "zero3" else torch.Tensor.backward)(world * loss.float() + zero)
         for kind, losses, names in (("lm", tokens, batch["corpus_of_token"]), ("image", pictures, batch["corpus_of_picture"])):
             for name, value in zip(names, losses.detach().double().tolist(), strict=True):
                 for key in (kind, f"{kind}/{name}"):
@@ -603,13 +674,23 @@ def full(value):
     return (value.full_tensor() if isinstance(value, DTensor) else value).item()
 
 
+def gradient_norm(parameters):
+    """Of all their gradients together, over all ranks."""
+    if not hasattr(parameters[0], "ds_numel"):
+        return full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    from deepspeed.utils import safe_get_local_grad
+
+    mine = [safe_get_local_grad(p)[:len(share_of(p).values)].double().square().sum() for p in parameters]
+    return agree(sum(mine), "sum").sqrt().item()
+
+
 def part_norms(model):
     """Gradient norm of each part that trains, over all ranks."""
     parts = {}
     for name, p in model.named_parameters():
-        if p.grad is not None:
-            parts.setdefault(name.split(".")[0], []).append(p.grad)
-    return {f"norm/{name}": full(torch.nn.utils.get_total_norm(grads)) for name, grads in parts.items()}
+        if p.requires_grad:
+            parts.setdefault(name.split(".")[0], []).append(p)
+    return {f"norm/{name}": gradient_norm(parameters) for name, parameters in parts.items()}
 
 
 def keep_bad_batch(folder, step, batches):
@@ -621,15 +702,20 @@ def keep_bad_batch(folder, step, batches):
     return path
 
 
-def update_weights(model, optimizer, ema, stage, settings, step):
+def update_weights(model, runner, optimizer, ema, stage, settings, step):
     """Clip, AdamW, moving average; returns the gradient norm. Nothing is changed when the norm is not finite."""
-    norm = full(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.clip_norm))
+    if settings.parallel == "zero3":
+        runner.step()  # clips too
+        norm = math.nan if runner.optimizer.overflow else float(runner.get_global_grad_norm())
+    else:
+        norm = full(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.clip_norm))
+        if math.isfinite(norm):
+            optimizer.step()
     if math.isfinite(norm):
-        optimizer.step()
         decay = min(stage.ema_decay, (1 + step) / (10 + step))
         named = dict(model.named_parameters())
         for name, slow in ema.items():
-            local(slow).lerp_(local(named[name].detach()), 1 - decay)
+            slow.lerp_(share_of(named[name]).values, 1 - decay)
     return norm
 
 # %% ../nbs/19_full_scale.ipynb #43d476ca
@@ -690,9 +776,13 @@ def start_state(model, stage, settings, folder):
     runner = distribute(model.train(), stage, settings.parallel, settings.precision, settings.checkpointing, settings.compile)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=stage.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
-    for p in trained.values():  # as AdamW does at its first step; here already, since a checkpoint fills them, and one may come before any update
+    updated = list(trained.values())
+    if settings.parallel == "zero3":
+        runner = zero3(model, optimizer, settings)
+        updated = runner.optimizer.fp32_partitioned_groups_flat
+    for p in updated:  # as AdamW does at its first step; here already, since a checkpoint fills them, and one may come before any update
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    ema = {name: p.detach().clone() for name, p in trained.items()} if stage.ema_decay else {}
+    ema = {name: share_of(p).values.clone() for name, p in trained.items()} if stage.ema_decay else {}
     found = last_checkpoint(folder, report=lambda text: print(text, file=sys.stderr)) if rank_and_world()[0] == 0 else None
     path, state = everybodys(found)[0]  # one rank reads the checksums for all
     if path is None:
@@ -701,9 +791,13 @@ def start_state(model, stage, settings, folder):
     other = [f"{key} {state['run'][key]!r}, now {value!r}" for key, value in wanted.items() if state["run"].get(key) != value]
     if other:
         raise ValueError(f"{path} was written with {', '.join(other)}: its curve cannot go on; give another --out, or the same settings")
-    for p in trained.values():
+    shares = state_shares(model, optimizer, ema)
+    load_checkpoint(path, shares)
+    for p in updated:
         optimizer.state[p]["step"].fill_(state["updates"])
-    load_checkpoint(path, state_tensors(model, optimizer, ema))
+    for name, p in trained.items():  # shares are the tensors themselves, but not always with DeepSpeed
+        for kind, key in (("model", None), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+            put(shares[f"{kind}/{name}"].values, p, optimizer, key)
     return runner, optimizer, ema, state
 
 
@@ -724,7 +818,7 @@ def run(model, processor, stage, corpora, folder, settings=Settings(), steps=Non
     def checkpoint(step):
         kept = {"step": step, "updates": updates, "lanes": {k: v for part in everybodys(lanes) for k, v in part.items()},
                 "run": {"stage": stage.name, "seed": settings.seed, "batch": stage.batch, "lanes": settings.lanes}}
-        save_checkpoint(folder, state_tensors(model, optimizer, ema), kept, settings.keep, settings.parallel == "fsdp2")
+        save_checkpoint(folder, state_shares(model, optimizer, ema), kept, settings.keep, settings.parallel in ("fsdp2", "zero3"))
         return kept
 
     with Stopper() as stopper:
@@ -735,11 +829,11 @@ def run(model, processor, stage, corpora, folder, settings=Settings(), steps=Non
             torch.manual_seed(settings.seed * 1_000_003 + step * world + rank)  # for what draws by itself, such as LoRA's dropout
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, stage.learning_rate, min(stage.warmup, steps // 5 + 1))
-            optimizer.zero_grad(set_to_none=True)
+            (runner.optimizer if settings.parallel == "zero3" else optimizer).zero_grad(set_to_none=True)
             sums, finite = backward(model, runner, batches, stage, settings)
             losses = merged(sums, names)
             norms = part_norms(model) if step % settings.log_every == 0 else {}
-            norm = update_weights(model, optimizer, ema, stage, settings, step) if agree(float(not finite)) == 0 else math.nan
+            norm = update_weights(model, runner, optimizer, ema, stage, settings, step) if agree(float(not finite)) == 0 else math.nan
             updates, bad = (updates + 1, 0) if math.isfinite(norm) else (updates, bad + 1)
             if bad:
                 print(f"step {step} is not finite; no weight was changed, its batch is kept in {keep_bad_batch(folder, step, batches)}", file=sys.stderr)
@@ -760,7 +854,7 @@ def run(model, processor, stage, corpora, folder, settings=Settings(), steps=Non
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in ema:
-                local(p).copy_(local(ema[name]))
+                put(ema[name], p)
     return state
 
 
@@ -803,9 +897,9 @@ def save_weights(model, path):
     """What training changes, as `save_trained` writes it, from however many ranks: tensors are gathered one by one."""
     from dreamllm_edu.model import trained_tensors
 
-    tensors, (rank, _) = {}, rank_and_world()
+    tensors, (rank, _), named = {}, rank_and_world(), dict(model.named_parameters())
     for name, tensor in trained_tensors(model).items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = whole(named.get(name, tensor))
         if rank == 0:
             tensors[name] = tensor.detach().half().cpu().contiguous()
     if rank == 0:
@@ -946,7 +1040,8 @@ def parser():
     p.add_argument("--init", type=Path, help="weights to start from (default: what the stage before left in --out)")
     p.add_argument("--cache", type=Path, help="folder of frozen features; what is there is read instead of computed")
     p.add_argument("--fill-cache", action="store_true", help="compute the frozen features of the stage's corpora into --cache, and stop")
-    p.add_argument("--parallel", choices=["auto", "single", "ddp", "fsdp2"], default="auto")
+    p.add_argument("--parallel", choices=["auto", "single", "ddp", "fsdp2", "zero3"], default="auto")
+    p.add_argument("--deepspeed", help="zero3: a JSON file of DeepSpeed's options, such as recipes/zero3.json")
     p.add_argument("--trackers", nargs="*", help="accelerate trackers: tensorboard, wandb, trackio (default: tensorboard where it is installed)")
     p.add_argument("--network", action="store_true", help="allow hub names and URLs for parts and shards")
     for name, kind in (("steps", int), ("batch", int), ("micro-batch", int), ("lanes", int), ("workers", int), ("seed", int), ("save-every", int), ("keep", int),
@@ -972,7 +1067,7 @@ def chosen(args):
     if len(stages) < args.stage:
         raise ValueError(f"the recipe has {len(stages)} stages, --stage {args.stage} was asked")
     own = {name: getattr(args, name) for name in ("micro_batch", "lanes", "workers", "seed", "save_every", "keep", "log_every", "sample_every", "patience", "precision",
-                                                  "checkpointing", "compile") if getattr(args, name) is not None}
+                                                  "checkpointing", "compile", "deepspeed") if getattr(args, name) is not None}
     settings = replace(settings, **own)
     if settings.precision not in ("no", "bf16") or min(settings.lanes, settings.save_every, settings.keep, settings.log_every) < 1:
         raise ValueError("precision is 'no' or 'bf16'; lanes, save_every, keep and log_every are at least 1")
@@ -982,20 +1077,21 @@ def chosen(args):
 
 # %% ../nbs/19_full_scale.ipynb #b6103b63
 def start(args):
-    """accelerate's state of this process (ranks, device, trackers); FSDP2 or DDP as its configuration says. Sharding itself is `distribute`'s."""
+    """accelerate's state of this process (ranks, device, trackers); FSDP2, ZeRO-3 or DDP as its configuration says. Sharding itself is `distribute`'s and `zero3`'s."""
     from accelerate import Accelerator
 
     if args.trackers is None:
         args.trackers = ["tensorboard"] if find_spec("tensorboard") else []
+    asked = {way: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for way, name in (("fsdp2", "FSDP"), ("zero3", "DEEPSPEED"))}
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is made by `zero3`; accelerate would want to make its own
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.trackers or None, project_dir=str(args.out))
-    if accelerator.distributed_type.value == "DEEPSPEED":
-        raise ValueError("DeepSpeed is not wired in; recipes/fsdp2_8x80gb.yaml shards the same things")
     parallel = args.parallel
     if parallel == "auto":
-        sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-        parallel = "single" if accelerator.num_processes == 1 else "fsdp2" if sharded else "ddp"
+        parallel = "single" if accelerator.num_processes == 1 else next((way for way in asked if asked[way]), "ddp")
     if parallel == "single" and accelerator.num_processes > 1:
-        raise ValueError(f"--parallel single, but {accelerator.num_processes} processes: use ddp or fsdp2")
+        raise ValueError(f"--parallel single, but {accelerator.num_processes} processes: use ddp, fsdp2 or zero3")
+    if parallel == "zero3" and accelerator.num_processes == 1:
+        raise ValueError("--parallel zero3 with one process: start it with torchrun or accelerate launch, or use single")
     return accelerator, parallel
 
 

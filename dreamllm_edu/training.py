@@ -164,7 +164,7 @@ def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=1
 @dataclass(frozen=True)
 class Stage:
     """What one stage trains, on what, and how. `trains`: names of the model's parts; `mixture`: kind of document, or `kind/task`, -> weight;
-    `read_last`: whether a picture that ends a document is also read (see `cut_last_picture`)."""
+    `read_last`: whether a picture that ends a document is also read (see `cut_last_picture`); `timestep_exponent`: see `draw_timesteps`."""
     name: str
     trains: tuple
     mixture: dict
@@ -176,17 +176,19 @@ class Stage:
     warmup: int = 50
     ema_decay: float = 0.99
     read_last: bool = True
+    timestep_exponent: float = 1.0
 
 
 ALIGN = ("visual_projector", "dream_queries", "condition_projector", "pooled_projector")  # the last is there beside an SDXL U-Net only
 STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the miniature are ours
     "mini": (
-        Stage("1-alignment", ALIGN, {"pairs/draw": 0.5, "pairs/caption": 0.3, "scenes": 0.2}, 4e-3, 200, 64, read_last=False),
-        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.53, "pairs/caption": 0.1, "articles": 0.08, "scenes": 0.12, "definitions": 0.17},
-              1.5e-3, 5800, 64, ema_decay=0.998, read_last=False),
-        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.2, "pairs/caption": 0.06, "articles": 0.06, "scenes": 0.05, "dialogues/show": 0.07,
-                                                             "dialogues/what": 0.07, "dialogues/style": 0.08, "dialogues/count": 0.03, "dialogues/relation": 0.14,
-                                                             "edits": 0.09, "subjects": 0.03, "definitions": 0.12}, 1e-3, 3200, 64, ema_decay=0.997),
+        Stage("1-alignment", ALIGN, {"pairs/draw": 0.5, "pairs/caption": 0.3, "scenes": 0.2}, 4e-3, 200, 64, read_last=False, timestep_exponent=0.5),
+        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.55, "pairs/caption": 0.08, "articles": 0.08, "scenes": 0.12, "definitions": 0.17},
+              1.2e-3, 7100, 128, ema_decay=0.998, read_last=False, timestep_exponent=0.5),
+        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.24, "pairs/caption": 0.04, "articles": 0.06, "scenes": 0.05, "dialogues/show": 0.07,
+                                                             "dialogues/what": 0.06, "dialogues/style": 0.08, "dialogues/count": 0.02, "dialogues/relation": 0.14,
+                                                             "edits": 0.08, "subjects": 0.02, "definitions": 0.14},
+              9e-4, 4200, 128, ema_decay=0.997, read_last=False, timestep_exponent=0.5),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),
@@ -205,6 +207,7 @@ def set_trainable(model, stage):
         part = name.split(".")[0]
         p.requires_grad_(part in stage.trains and (part != "language_model" or not lora or "lora_" in name))
     model.config.lm_loss_weight, model.config.image_loss_weight = stage.lm_loss_weight, stage.image_loss_weight
+    model.config.timestep_exponent = stage.timestep_exponent
 
 # %% ../nbs/10_training.ipynb #bcf310f5
 class FeatureCache:

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node N tests/ranks.py FOLDER PARALLEL..."""
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import torch.distributed as dist
 from conftest import SENTENCES, PATCHES, QUERIES, CONTEXT, make_tiny
 from safetensors.torch import save_file
 from test_train import QUICK, some_corpora, stage, texts_only
-from torch.distributed.tensor import DTensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dreamllm_edu import train as engine
 from dreamllm_edu.documents import Document
 from dreamllm_edu.tokenization import DreamLLMProcessor, train_tokenizer
-from dreamllm_edu.train import Steps, rank_and_world, run, save_weights, step_stream
+from dreamllm_edu.train import Steps, rank_and_world, run, save_weights, step_stream, whole
 
 
 def processor():
@@ -35,7 +36,7 @@ def settings(parallel):
 
 def keep_weights(model, path):
     """All that trains, whole and in full precision, for the comparison."""
-    found = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: whole(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     if rank_and_world()[0] == 0:
         save_file(found, path)
 
@@ -51,9 +52,37 @@ def train_all(folder, parallel):
 
 def resume(folder, parallel):
     """Go on from a copy of the checkpoint after three steps of stage II."""
+    stage_two(folder, parallel)
+
+
+def stage_two(folder, parallel, trackers=(), samples=None, **options):
+    """Five steps of stage II."""
     model = make_tiny()
-    run(model, processor(), stage(2, batch=4), corpora(), folder, settings(parallel), progress=False)
+    run(model, processor(), stage(2, batch=4), corpora(), folder, replace(settings(parallel), **options), progress=False, trackers=trackers, samples=samples)
     keep_weights(model, folder / "weights.safetensors")
+
+
+def without_compiling():
+    """DeepSpeed's own way to exchange numbers between CPU processes is compiled when it is first used; gloo does it too."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def second_step_spoilt():
+    """On one rank the losses of the second step are not numbers."""
+    real, calls = engine.packed_losses, []
+
+    def sometimes(*args):
+        calls.append(0)
+        tokens, pictures, zero = real(*args)
+        return (tokens * float("nan") if len(calls) == 2 and rank_and_world()[0] == 1 else tokens), pictures, zero
+    engine.packed_losses = sometimes
+    try:
+        yield
+    finally:
+        engine.packed_losses = real
 
 
 def ranks_without_pictures(world):
@@ -72,19 +101,28 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
     for job in sys.argv[2:]:
-        if job.startswith("resume:"):
-            resume(folder / job.removeprefix("resume:"), "fsdp2")
-        elif job == "samples":
-            run(make_tiny(), processor(), stage(2, batch=4), corpora(), folder / "samples", replace(settings("fsdp2"), sample_every=2), progress=False,
-                samples=[Document(["a red apple"])])
-        elif job == "bf16":
-            run(make_tiny(), processor(), stage(2, batch=4), corpora(), folder / "bf16", replace(settings("fsdp2"), precision="bf16"), progress=False)
-        elif job == "die":
+        job, _, there = job.partition(":")
+        way = "zero3" if job.startswith("zero3") else "fsdp2"
+        if way == "zero3":
+            without_compiling()
+        kind = job.removeprefix("zero3-")
+        if kind == "resume":
+            stage_two(folder / there, way)
+        elif kind == "samples":
+            stage_two(folder / job, way, sample_every=2, samples=[Document(["a red apple"])])
+        elif kind == "bf16":
+            stage_two(folder / job, way, precision="bf16")
+        elif kind == "micro":
+            stage_two(folder / job, way, micro_batch=1, checkpointing=True)
+        elif kind == "nan":
+            with second_step_spoilt():
+                stage_two(folder / job, way)
+        elif kind == "die":
             class Death:
                 def log(self, values, step):
                     if step == 4 and rank_and_world()[0] == 1:
                         os._exit(9)
-            run(make_tiny(), processor(), stage(2, batch=4), corpora(), folder / "dead", settings("fsdp2"), progress=False, trackers=[Death()])
+            stage_two(folder / "dead", way, [Death()])
         else:
             train_all(folder, job)
     dist.destroy_process_group()

@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     """All short trainings, once: alone, by two (DDP, FSDP2) and by four (FSDP2, and resumed from two)."""
     folder = tmp_path_factory.mktemp("ranks")
     train_all(folder, "single")
-    two = launch(2, folder, "ddp", "fsdp2", "samples", "bf16")
+    two = launch(2, folder, "ddp", "fsdp2", "samples", "bf16", "nan")
     assert two.returncode == 0, two.stderr[-3000:]
     without_the_end(folder / "fsdp2-2-stage2", folder / "by-four")
     without_the_end(folder / "fsdp2-2-stage2", folder / "by-one")
@@ -44,6 +44,20 @@ def runs(tmp_path_factory):
     assert four.returncode == 0, four.stderr[-3000:]
     resume(folder / "by-one", "single")
     return folder
+
+
+@pytest.fixture(scope="module")
+def zero3(runs):
+    """The same trainings by DeepSpeed, once, on two processes; its checkpoint read by others, and theirs by it."""
+    without_the_end(runs / "fsdp2-2-stage2", runs / "zero3-from-fsdp2")
+    two = launch(2, runs, "zero3", "zero3-resume:zero3-from-fsdp2", "zero3-samples", "zero3-bf16", "zero3-micro", "zero3-nan")
+    assert two.returncode == 0, two.stderr[-3000:]
+    without_the_end(runs / "zero3-2-stage2", runs / "zero3-by-one")
+    without_the_end(runs / "zero3-2-stage2", runs / "zero3-by-four")
+    four = launch(4, runs, "resume:zero3-by-four")
+    assert four.returncode == 0, four.stderr[-3000:]
+    resume(runs / "zero3-by-one", "single")
+    return runs
 
 
 def same(folder, one, other, tolerance=1e-5):
@@ -68,6 +82,11 @@ def test_sharing_the_work_changes_no_loss_and_no_weight(runs, way, number):
     same(runs, f"single-1-stage{number}", f"{way}-stage{number}")
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_deepspeed_changes_no_loss_and_no_weight(zero3, number):
+    same(zero3, f"single-1-stage{number}", f"zero3-2-stage{number}")
+
+
 def test_weights_moved_at_all(runs):
     from conftest import make_tiny
 
@@ -85,6 +104,30 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(runs, there):
     same(runs, "fsdp2-2-stage2", there)
 
 
+@pytest.mark.parametrize("there", ["zero3-by-one", "zero3-by-four", "zero3-from-fsdp2"])
+def test_deepspeed_and_others_read_each_others_checkpoints(zero3, there):
+    same(zero3, "zero3-2-stage2", there)
+
+
+def test_deepspeed_counts_micro_batches_and_recomputes(zero3):
+    same(zero3, "zero3-2-stage2", "zero3-micro")
+
+
+def test_deepspeed_keeps_frozen_parts_whole_and_shares_the_rest(zero3):
+    files = sorted((zero3 / "zero3-2-stage2" / "step-00000005").glob("rank-*"))
+    whole = (zero3 / "single-1-stage2" / "step-00000005" / "rank-00000.safetensors").stat().st_size
+    assert len(files) == 2 and max(f.stat().st_size for f in files) < 0.6 * whole
+    frozen = ("vision_encoder", "vae", "unet")
+    assert not any(name.split("/")[1].startswith(frozen) for name in load_file(files[0]))
+
+
+def test_a_bad_step_of_one_rank_is_skipped_by_all(zero3):
+    same(zero3, "nan", "zero3-nan")
+    for there in ("nan", "zero3-nan"):
+        assert [row["norm"] == row["norm"] for row in curve(zero3 / there)] == [True, False, True, True, True]
+        assert len(list((zero3 / there).glob("bad-step-00000001-*"))) == 2
+
+
 def test_sharded_files_hold_shares(runs):
     files = sorted((runs / "fsdp2-4-stage2" / "step-00000005").glob("rank-*"))
     whole = (runs / "single-1-stage2" / "step-00000005" / "rank-00000.safetensors").stat().st_size
@@ -100,15 +143,18 @@ def test_gathered_weights_are_a_normal_checkpoint(runs):
     torch.testing.assert_close(model.dream_queries.weight, found["dream_queries.weight"], atol=1e-3, rtol=1e-3)
 
 
-def test_sampling_with_sharded_weights_changes_nothing(runs):
+@pytest.mark.parametrize("way, there", [("fsdp2", "samples"), ("zero3", "zero3-samples")])
+def test_sampling_with_sharded_weights_changes_nothing(zero3, way, there):
     from dreamllm_edu.documents import read_jsonl
 
-    assert curve(runs / "samples") == curve(runs / "fsdp2-2-stage2")
-    assert read_jsonl(runs / "samples" / "samples-00000004.jsonl")[0].parts[0].startswith("a red apple")
+    assert curve(zero3 / there) == curve(zero3 / f"{way}-2-stage2")
+    assert read_jsonl(zero3 / there / "samples-00000004.jsonl")[0].parts[0].startswith("a red apple")
 
 
-def test_bfloat16_stays_near_float32(runs):
-    apart = [abs(a[key] - b[key]) for a, b in zip(curve(runs / "bf16"), curve(runs / "fsdp2-2-stage2"), strict=True) for key in ("lm", "image") if a[key] is not None]
+@pytest.mark.parametrize("way, there", [("fsdp2", "bf16"), ("zero3", "zero3-bf16")])
+def test_bfloat16_stays_near_float32(zero3, way, there):
+    pairs = zip(curve(zero3 / there), curve(zero3 / f"{way}-2-stage2"), strict=True)
+    apart = [abs(a[key] - b[key]) for a, b in pairs for key in ("lm", "image") if a[key] is not None]
     assert 0 < max(apart) < 0.05
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from dreamllm_edu import train as engine
 from dreamllm_edu.corpora import Corpus, Record, emoji
-from dreamllm_edu.train import (FeatureStore, Settings, Steps, fingerprint, first_fit, last_checkpoint, load_checkpoint, main, pack_items, packed_losses, read_log,
-                                read_recipe, run, save_checkpoint, step_stream)
+from dreamllm_edu.train import (FeatureStore, Settings, Share, Steps, fingerprint, first_fit, last_checkpoint, load_checkpoint, main, pack_items, packed_losses, read_log,
+                                read_recipe, run, save_checkpoint, share_of, step_stream, zero3)
 from dreamllm_edu.training import ALIGN, STAGES, Stage
 
 ROOT = Path(__file__).parent.parent
@@ -186,11 +186,11 @@ def test_the_last_checkpoints_are_kept_and_a_broken_one_is_passed_over(processor
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
-    save_checkpoint(tmp_path, {"model/w": torch.ones(3)}, {"step": 1})
+    save_checkpoint(tmp_path, {"model/w": share_of(torch.ones(3))}, {"step": 1})
     (tmp_path / ".step-00000002.part").mkdir()
     (tmp_path / "step-00000003").mkdir()
     assert last_checkpoint(tmp_path, report=lambda text: None)[1]["step"] == 1
-    save_checkpoint(tmp_path, {"model/w": torch.ones(3)}, {"step": 2})
+    save_checkpoint(tmp_path, {"model/w": share_of(torch.ones(3))}, {"step": 2})
     assert last_checkpoint(tmp_path, report=lambda text: None)[1]["step"] == 2
 
 
@@ -200,14 +200,20 @@ def test_rows_of_any_number_of_ranks_are_put_together(tmp_path):
     whole = torch.arange(14.0).view(7, 2)
     (tmp_path / "step").mkdir()
     for rank, (first, end) in enumerate([(0, 3), (3, 6), (6, 7), (7, 7)]):
-        save_file({"w": whole[first:end].clone()}, tmp_path / "step" / f"rank-{rank:05}.safetensors", {"rows": json.dumps({"w": [first, end]})})
-    into = {"w": torch.zeros(7, 2)}
-    load_checkpoint(tmp_path / "step", into)
-    assert torch.equal(into["w"], whole)
+        where = {"w": [2 * first, 2 * end, [7, 2]]}
+        save_file({"w": whole[first:end].flatten().clone()}, tmp_path / "step" / f"rank-{rank:05}.safetensors", {"shares": json.dumps(where)})
+    into = torch.zeros(7, 2)
+    load_checkpoint(tmp_path / "step", {"w": share_of(into)})
+    assert torch.equal(into, whole)
+    for first, end in ((0, 5), (5, 10), (10, 14), (14, 14)):  # elements, as DeepSpeed deals them
+        share = Share(torch.zeros(end - first), first, (7, 2))
+        load_checkpoint(tmp_path / "step", {"w": share})
+        assert torch.equal(share.values, whole.flatten()[first:end])
     with pytest.raises(ValueError, match="other tensors"):
-        load_checkpoint(tmp_path / "step", {"v": torch.zeros(7, 2)})
-    with pytest.raises(ValueError, match="another shape"):
-        load_checkpoint(tmp_path / "step", {"w": torch.zeros(9, 2)})
+        load_checkpoint(tmp_path / "step", {"v": share_of(torch.zeros(7, 2))})
+    for other in ((9, 2), (2, 7)):  # the second has as many elements
+        with pytest.raises(ValueError, match="another shape"):
+            load_checkpoint(tmp_path / "step", {"w": share_of(torch.zeros(*other))})
 
 
 def test_a_checkpoint_of_another_run_is_refused(processor, tmp_path):
@@ -270,6 +276,17 @@ def test_one_bad_step_is_skipped_and_training_goes_on(processor, tmp_path):
     assert [n == n for n in norms] == [True, False, True, True, True] and len(list(tmp_path.glob("bad-*"))) == 1
 
 
+def test_deepspeed_that_cannot_start_says_why(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="not a DeepSpeed configuration"):
+        zero3(None, None, replace(QUICK, deepspeed=str(tmp_path / "bad.json")))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match=r"pip install 'dreamllm_edu\[deepspeed\]'; or take fsdp2"):
+        zero3(None, None, QUICK)
+    assert main(["--parallel", "zero3", "--out", str(tmp_path)]) == 1
+    assert "zero3 with one process" in capsys.readouterr().err
+
+
 def test_settings_that_cannot_work_are_named(processor, tmp_path):
     with pytest.raises(ValueError, match="multiple of the lanes"):
         run(make_tiny(), processor, stage(2, batch=6), some_corpora(), tmp_path, QUICK, progress=False)
@@ -294,7 +311,7 @@ def test_recipes_say_what_the_course_says():
     for scale in ("mini", "paper"):
         _, _, stages = read_recipe(ROOT / "recipes" / f"{scale}.yaml")
         for ours, theirs in zip(STAGES[scale], stages, strict=True):
-            same = ("name", "trains", "learning_rate", "steps", "batch", "lm_loss_weight", "image_loss_weight", "ema_decay")
+            same = ("name", "trains", "learning_rate", "steps", "batch", "lm_loss_weight", "image_loss_weight", "ema_decay", "timestep_exponent")
             assert all(getattr(ours, key) == getattr(theirs, key) for key in same), ours.name
             assert scale == "mini" and theirs.mixture == ours.mixture or scale == "paper" and theirs.warmup == ours.warmup
 
