@@ -40,8 +40,10 @@ def min_snr_weights(scheduler, timesteps, gamma, compat=None):
 
 # %% ../nbs/07_losses.ipynb #59bed070
 def draw_timesteps(total, n, generator=None, exponent=1.0):
-    """`n` time steps below `total`, int64: uniform with `exponent` 1; with less the noisy, late ones come more often (with 0.5 in proportion to t), which
-    makes the w(t) of DreamLLM's eq. (5) grow with t."""
+    """`n` time steps below `total`, int64: uniform with `exponent` 1; with less the noisy ones (large t) come more often, with 0.5 in proportion
+    to t, which on average multiplies the loss by a weight that grows with t."""
+    if exponent <= 0:
+        raise ValueError(f"exponent={exponent} must be positive; 1 draws every time step as often")
     if exponent == 1:
         return torch.randint(total, (n,), generator=generator)
     return (torch.rand(n, generator=generator) ** exponent * total).long().clamp(max=total - 1)

@@ -245,7 +245,7 @@ def forward(self, input_ids, attention_mask=None, labels=None, pixel_values=None
 
     `input_ids`, `attention_mask`, `labels` [B, T] (-100 is ignored); every random draw may be given. `labelled_only` makes logits [n, V]
     only where a label is, which training needs and no more. `null_included`: the last dream block is the empty prompt, which has no target and gives
-    the null condition. Raises `ValueError` if pictures and slots differ in number."""
+    the null condition; `picture_losses` are [0] then, not None, where nothing is drawn. Raises `ValueError` if pictures and slots differ in number."""
     longest = self.config.text_config.max_position_embeddings
     if input_ids.shape[1] > longest:
         raise ValueError(f"{input_ids.shape[1]} tokens, the context holds {longest}; encode documents with a processor, which cuts between blocks")
@@ -278,6 +278,10 @@ def forward(self, input_ids, attention_mask=None, labels=None, pixel_values=None
             drawn = self.draws(latents, generator, noise, timesteps, condition_drop_mask, offset_noise, perturbation_noise)
             picture_losses = self.image_loss_of(conditions, latents, *drawn, null, "none")
             image_loss = picture_losses.mean()
+    elif null_included:  # nothing to draw here, but perhaps on other ranks: the same layers, and losses [0]
+        none = conditions[:0]
+        pooled = self.pooled_projector(none.mean(1)).sum(1) if hasattr(self, "pooled_projector") else 0.0
+        picture_losses = none.sum((1, 2)) + pooled
     weighted = ((self.config.lm_loss_weight, lm_loss), (self.config.image_loss_weight, image_loss))
     loss = sum(weight * part for weight, part in weighted if part is not None)
     return DreamLLMOutput(loss=loss if torch.is_tensor(loss) else None, lm_loss=lm_loss, image_loss=image_loss, token_losses=token_losses,

@@ -9,9 +9,9 @@ __all__ = ['Item', 'throw_dice', 'first_fit', 'packed_rows', 'null_document', 's
            'share_of', 'put', 'whole', 'state_shares', 'checksum', 'rank_and_world', 'agree', 'everybodys',
            'save_checkpoint', 'whole_checkpoint', 'last_checkpoint', 'read_share', 'load_checkpoint', 'Settings',
            'micro_batches', 'attention', 'precision', 'backward', 'merged', 'full', 'gradient_norm', 'part_norms',
-           'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'run', 'speed', 'gathered',
-           'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build', 'parser',
-           'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
+           'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'one_step', 'run', 'speed',
+           'gathered', 'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build',
+           'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
 
 # %% ../nbs/19_full_scale.ipynb #a565a824
 import argparse
@@ -252,8 +252,7 @@ def packed_losses(model, runner, batch):
                                         "condition_drop_mask": dice["drop"].to(device)}
     out = runner(input_ids=batch["input_ids"].to(device), labels=batch["labels"].to(device), position_ids=batch["position_ids"].to(device),
                  image_features=features, labelled_only=True, null_included=True, **drawn)
-    pictures = out.picture_losses if out.picture_losses is not None else torch.zeros(0, device=device)
-    return out.token_losses, pictures, 0.0 * (out.conditions.sum() + out.last_hidden_state.sum() + out.token_losses.sum())
+    return out.token_losses, out.picture_losses, 0.0 * (out.conditions.sum() + out.last_hidden_state.sum() + out.token_losses.sum())
 
 # %% ../nbs/19_full_scale.ipynb #f5d72dab
 def fingerprint(model):
@@ -366,12 +365,14 @@ def sharding(model, stage):
 
 def distribute(model, stage, parallel="single", precision="no", checkpointing=False, compile=False):
     """Make `model` train on this rank's share; returns the thing to call. `parallel`: "single", or in a running process group "ddp",
-    "fsdp2" or "zero3" (`zero3` has the rest to do); `precision`: "no" or "bf16" (weights stay float32 where they are kept; computing, gathering and the frozen
+    "fsdp2" or "zero3" (this only prepares; `zero3` then shards); `precision`: "no" or "bf16" (weights stay float32 where they are kept; computing, gathering and the frozen
     parts are bfloat16)."""
     plan = sharding(model, stage)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.unet.enable_gradient_checkpointing()
+    if compile and parallel == "zero3":
+        raise ValueError("compile does not go with zero3; take fsdp2, or --no-compile")
     if compile:
         for layer in plan["units"]:
             layer.compile()
@@ -391,8 +392,7 @@ def distribute(model, stage, parallel="single", precision="no", checkpointing=Fa
 
 # %% ../nbs/19_full_scale.ipynb #b75a086e
 class Learner(torch.nn.Module):
-    """A model as DeepSpeed sees it: without its frozen parts, though they work. A rank without pictures has no picture losses, but [0] of them: every rank must
-    go back through the same layers in the same order."""
+    """A model as DeepSpeed sees it: without its frozen parts, though they work."""
     def __init__(self, model):
         super().__init__()
         for name, child in model.named_children():
@@ -401,32 +401,35 @@ class Learner(torch.nn.Module):
         object.__setattr__(self, "model", model)  # an attribute, not a module of this one
 
     def forward(self, **batch):
-        out = self.model(**batch)
-        if out.picture_losses is None:
-            out.picture_losses = out.conditions[:0].sum((1, 2))
-        return out
+        return self.model(**batch)
 
 
 def zero3(model, optimizer, settings):
     """DeepSpeed's engine around what trains (ZeRO stage 3, Rajbhandari et al. 2020), with `optimizer` and `settings.deepspeed`, a JSON file of further options
-    such as offload. `ValueError` when DeepSpeed is not installed or the file cannot be read."""
+    such as offload to the CPU. `ValueError` when DeepSpeed is not installed or the file cannot be used."""
     try:
         given = json.loads(Path(settings.deepspeed).read_text(encoding="utf8")) if settings.deepspeed else {}
+        asked = given.get("zero_optimization", {})
+        if "nvme" in [asked.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]:
+            raise ValueError("offload to nvme is not supported here; use cpu or none")
         import deepspeed
     except ImportError as error:
         raise ValueError(f"zero3 needs DeepSpeed ({error}): pip install 'dreamllm_edu[deepspeed]'; or take fsdp2, which shards the same things") from error
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{settings.deepspeed}: not a DeepSpeed configuration ({error}); recipes/zero3.json is one") from error
     options = {**given, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": settings.clip_norm,  # micro-batches are counted in `backward`
-               "zero_optimization": {**given.get("zero_optimization", {}), "stage": 3, "stage3_param_persistence_threshold": 0},
-               "torch_autocast": {"enabled": settings.precision == "bf16", "dtype": "bfloat16"}}
+               "zero_optimization": {**asked, "stage": 3, "stage3_param_persistence_threshold": 0}, "zero_force_ds_cpu_optimizer": False,  # AdamW is torch's
+               "torch_autocast": {**given.get("torch_autocast", {}), "enabled": settings.precision == "bf16", "dtype": "bfloat16"}}
     options.pop("train_batch_size", None)
+    if model.device.type == "cpu":  # its own way to exchange numbers between CPU processes would be compiled at first use; gloo does it too
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed.initialize(model=Learner(model), optimizer=optimizer, config=options)[0]
 
 # %% ../nbs/19_full_scale.ipynb #fb35c708
 @dataclass
 class Share:
-    """This rank's part of a tensor of `shape`: `values`, 1-D, are its elements from `first` on, counted row by row."""
+    """This rank's part of a tensor of `shape`: `values`, 1-D, are its elements from `first` on, counted row by row. They are a view: who writes into them changes
+    the tensor (with DeepSpeed they may be a copy, hence `put`)."""
     values: torch.Tensor
     first: int
     shape: tuple
@@ -439,7 +442,7 @@ def share_of(p, optimizer=None, key=None):
 
         values = (safe_get_local_optimizer_state(p, key) if key else safe_get_local_fp32_param(p)).detach()
         first = dist.get_rank() * len(values)
-        return Share(values[:max(0, p.ds_numel - first)], first, tuple(p.ds_shape))  # the last share is filled up with zeros
+        return Share(values[:max(0, p.ds_numel - first)], first, tuple(p.ds_shape))  # the last share is padded, with anything
     tensor = optimizer.state[p][key] if key else p.detach()
     if not isinstance(tensor, DTensor):
         return Share(tensor.view(-1), 0, tuple(tensor.shape))
@@ -587,6 +590,8 @@ def read_share(files, where, name, share):
 def load_checkpoint(path, shares):
     """Fill this rank's `shares` from a checkpoint, whatever number of ranks wrote it. `ValueError` when it is another model's or stage's."""
     files = [safe_open(file, "pt") for file in sorted(path.glob("rank-*.safetensors"))]
+    if not all("shares" in (file.metadata() or {}) for file in files):
+        raise ValueError(f"{path} was written by an earlier version; give another --out, or delete it")
     where = [json.loads(file.metadata()["shares"]) for file in files]
     stored = {name for inside in where for name in inside}
     if stored != set(shares):
@@ -597,11 +602,11 @@ def load_checkpoint(path, shares):
             raise ValueError(f"{path}: {name} has another shape there; it belongs to another model")
         share.values.copy_(found)
 
-# %% ../nbs/19_full_scale.ipynb #0f216099
+# %% ../nbs/19_full_scale.ipynb #afe0f004
 @dataclass
 class Settings:
-    """How a stage is run. `deepspeed`: a JSON file for "zero3"; `lanes`: streams of documents, at least as many as there will ever be ranks; `batch`: documents a step, over all ranks, a multiple of
-    `lanes`; `micro_batch`: documents that a rank computes at once (0: all of its own); `room`: tokens of a packed row; `patience`: steps in a row that may be not finite."""
+    """How a stage is run. `deepspeed`: a JSON file for "zero3"; `lanes`: streams of documents, at least as many as there will ever be ranks, and the stage's batch
+    is a multiple of them; `micro_batch`: documents that a rank computes at once (0: all of its own); `room`: tokens of a packed row; `patience`: steps in a row that may be not finite."""
     parallel: str = "single"
     deepspeed: str = ""
     precision: str = "no"
@@ -680,7 +685,7 @@ def gradient_norm(parameters):
         return full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     from deepspeed.utils import safe_get_local_grad
 
-    mine = [safe_get_local_grad(p)[:len(share_of(p).values)].double().square().sum() for p in parameters]
+    mine = [safe_get_local_grad(p).double().square().sum() for p in parameters]
     return agree(sum(mine), "sum").sqrt().item()
 
 
@@ -801,6 +806,20 @@ def start_state(model, stage, settings, folder):
     return runner, optimizer, ema, state
 
 
+def one_step(model, runner, optimizer, ema, batches, stage, settings, step, steps, names):
+    """One update from the micro-batches of a step. Returns what the log says of it: `lr`, `norm` (NaN: not finite, nothing was changed), losses by corpus,
+    gradient norms by part every `log_every` steps."""
+    rank, world = rank_and_world()
+    torch.manual_seed(settings.seed * 1_000_003 + step * world + rank)  # for what draws by itself, such as LoRA's dropout
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, steps, stage.learning_rate, min(stage.warmup, steps // 5 + 1))
+    (runner.optimizer if settings.parallel == "zero3" else optimizer).zero_grad(set_to_none=True)
+    sums, finite = backward(model, runner, batches, stage, settings)
+    losses, norms = merged(sums, names), part_norms(model) if step % settings.log_every == 0 else {}
+    norm = update_weights(model, runner, optimizer, ema, stage, settings, step) if agree(float(not finite)) == 0 else math.nan
+    return {"lr": optimizer.param_groups[0]["lr"], "norm": norm, **losses, **norms}
+
+# %% ../nbs/19_full_scale.ipynb #676d9cea
 def run(model, processor, stage, corpora, folder, settings=Settings(), steps=None, store=None, progress=True, trackers=(), samples=None):
     """Train one stage on this rank's share; every rank calls it. Resumes from `folder`. Returns the state after the last step, and leaves the averaged weights in
     `model`. Raises `FloatingPointError` after `patience` steps that are not finite, `KeyboardInterrupt` when asked to stop, after a checkpoint."""
@@ -826,21 +845,14 @@ def run(model, processor, stage, corpora, folder, settings=Settings(), steps=Non
             began = time.time()
             items, lanes = next(stream)
             batches = micro_batches(items, settings, layout)
-            torch.manual_seed(settings.seed * 1_000_003 + step * world + rank)  # for what draws by itself, such as LoRA's dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, steps, stage.learning_rate, min(stage.warmup, steps // 5 + 1))
-            (runner.optimizer if settings.parallel == "zero3" else optimizer).zero_grad(set_to_none=True)
-            sums, finite = backward(model, runner, batches, stage, settings)
-            losses = merged(sums, names)
-            norms = part_norms(model) if step % settings.log_every == 0 else {}
-            norm = update_weights(model, runner, optimizer, ema, stage, settings, step) if agree(float(not finite)) == 0 else math.nan
-            updates, bad = (updates + 1, 0) if math.isfinite(norm) else (updates, bad + 1)
+            row = one_step(model, runner, optimizer, ema, batches, stage, settings, step, steps, names)
+            updates, bad = (updates + 1, 0) if math.isfinite(row["norm"]) else (updates, bad + 1)
             if bad:
                 print(f"step {step} is not finite; no weight was changed, its batch is kept in {keep_bad_batch(folder, step, batches)}", file=sys.stderr)
-            log.write({"step": step, "lr": optimizer.param_groups[0]["lr"], "norm": norm, **losses, **norms, **speed(items, began, world, lanes)})
+            log.write({"step": step, **row, **speed(items, began, world, lanes)})
             for tracker in trackers:
-                tracker.log({"lr": optimizer.param_groups[0]["lr"], "norm": norm, **losses, **norms}, step=step)
-            bar.set_postfix(lm=f"{losses.get('lm', math.nan):.3f}", image=f"{losses.get('image', math.nan):.4f}")
+                tracker.log(row, step=step)
+            bar.set_postfix(lm=f"{row.get('lm', math.nan):.3f}", image=f"{row.get('image', math.nan):.4f}")
             asked = agree(stopper.asked) > 0
             if bad >= settings.patience:
                 raise FloatingPointError(f"stage {stage.name}: {bad} steps in a row were not finite, the last {step}; look at {folder}/bad-step-*, lower the "
@@ -1083,7 +1095,7 @@ def start(args):
     if args.trackers is None:
         args.trackers = ["tensorboard"] if find_spec("tensorboard") else []
     asked = {way: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for way, name in (("fsdp2", "FSDP"), ("zero3", "DEEPSPEED"))}
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is made by `zero3`; accelerate would want to make its own
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is made by `zero3`; accelerate would want its own, and keep the precision to itself
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.trackers or None, project_dir=str(args.out))
     parallel = args.parallel
     if parallel == "auto":
@@ -1111,6 +1123,8 @@ def train_stage(args):
     stage, folder = stages[args.stage - 1], args.out / stages[args.stage - 1].name
     weights, corpora = initial_weights(args, stages), corpora_of(stages[args.stage - 1], args.data, args.network)
     accelerator, parallel = start(args)
+    if settings.deepspeed and parallel != "zero3":
+        raise ValueError(f"--deepspeed {settings.deepspeed} is for --parallel zero3, but this is {parallel}")
     settings = replace(settings, parallel=parallel, precision="bf16" if accelerator.mixed_precision == "bf16" else settings.precision)
     model, processor = build(args.scale, args.parts if args.scale == "mini" else parts, settings.room, args.network)
     if weights:

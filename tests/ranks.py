@@ -62,13 +62,6 @@ def stage_two(folder, parallel, trackers=(), samples=None, **options):
     keep_weights(model, folder / "weights.safetensors")
 
 
-def without_compiling():
-    """DeepSpeed's own way to exchange numbers between CPU processes is compiled when it is first used; gloo does it too."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 @contextmanager
 def second_step_spoilt():
     """On one rank the losses of the second step are not numbers."""
@@ -103,8 +96,6 @@ if __name__ == "__main__":
     for job in sys.argv[2:]:
         job, _, there = job.partition(":")
         way = "zero3" if job.startswith("zero3") else "fsdp2"
-        if way == "zero3":
-            without_compiling()
         kind = job.removeprefix("zero3-")
         if kind == "resume":
             stage_two(folder / there, way)

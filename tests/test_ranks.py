@@ -18,7 +18,7 @@ COLUMNS = ("step", "lr", "lm", "image", "norm", "lm/texts", "image/articles")
 
 
 def launch(world, folder, *jobs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent)}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(HERE / "ranks.py"), str(folder), *jobs]
     return subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
 
@@ -163,3 +163,16 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     assert ended.returncode != 0
     assert last_checkpoint(tmp_path / "dead")[1]["step"] == 3
     assert [row["step"] for row in read_log(tmp_path / "dead" / "log.jsonl")][:4] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])
+def test_the_launcher_chooses_how_to_share(tmp_path, asked):
+    """What `accelerate launch` does with a configuration file: it starts processes and says in their environment what was asked for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent), f"ACCELERATE_USE_{asked}": "true"}
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dreamllm_edu.train", "--scale", "mini", "--stage", "1",
+            "--steps", "2", "--batch", "4", "--lanes", "4", "--precision", "no", "--out", str(tmp_path)]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment, cwd=HERE.parent)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert [row["step"] for row in read_log(tmp_path / "1-alignment" / "log.jsonl")] == [0, 1]
+    assert len(list((tmp_path / "1-alignment" / "step-00000002").glob("rank-*"))) == 2, "shares, not copies"
+    assert (tmp_path / "1-alignment" / "trained.safetensors").exists()

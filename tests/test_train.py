@@ -87,6 +87,26 @@ def test_a_batch_without_documents_or_pictures_trains_nothing_and_breaks_nothing
     assert all(g is not None and g.abs().max() == 0 for g in grads.values()), [n for n, g in grads.items() if g is None]
 
 
+@pytest.mark.parametrize("sdxl", [False, True])
+def test_without_pictures_every_trained_tensor_has_a_gradient_of_zero(processor, sdxl):
+    """A rank whose gradient is missing, not zero, would let the others wait for it forever."""
+    from dreamllm_edu.model import DreamLLM, DreamLLMConfig
+    from dreamllm_edu.training import set_trainable
+
+    config = make_tiny().config.to_dict()
+    if sdxl:
+        config["unet_config"].update(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24)
+    model = DreamLLM(DreamLLMConfig(**config)).train()
+    set_trainable(model, stage(2))
+    texts = next(step_stream(Steps([texts_only()], processor, model.config, 4, read_last=False)))[0]
+    tokens, pictures, zero = packed_losses(model, model, pack_items(texts, processor.layout, 256))
+    (tokens.sum() + pictures.sum() + zero).backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in trained.values()), [name for name, grad in trained.items() if grad is None]
+    assert ("pooled_projector.linear.weight" in trained) == sdxl
+    assert all(grad.eq(0).all() for name, grad in trained.items() if name.startswith(("pooled", "condition")))
+
+
 def test_unused_pictures_cost_no_encoder_pass(processor, monkeypatch):
     model, passes = make_tiny(), {"clip": 0, "vae": 0}
     for key, part in (("clip", model.vision_encoder), ("vae", model.vae.encoder)):
@@ -277,14 +297,17 @@ def test_one_bad_step_is_skipped_and_training_goes_on(processor, tmp_path):
 
 
 def test_deepspeed_that_cannot_start_says_why(tmp_path, monkeypatch, capsys):
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="not a DeepSpeed configuration"):
-        zero3(None, None, replace(QUICK, deepspeed=str(tmp_path / "bad.json")))
+    for text in ("{", "[]", '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="not a DeepSpeed configuration"):
+            zero3(None, None, replace(QUICK, deepspeed=str(tmp_path / "bad.json")))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ValueError, match=r"pip install 'dreamllm_edu\[deepspeed\]'; or take fsdp2"):
         zero3(None, None, QUICK)
     assert main(["--parallel", "zero3", "--out", str(tmp_path)]) == 1
     assert "zero3 with one process" in capsys.readouterr().err
+    assert main(["--deepspeed", "recipes/zero3.json", "--out", str(tmp_path)]) == 1
+    assert "is for --parallel zero3, but this is single" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_work_are_named(processor, tmp_path):
