@@ -1143,9 +1143,10 @@ def train_stage(args):
     prompts = [Document(["A drawing of an apple: "]), Document(["A drawing of a red car: "])]
     run(model, processor, stage, corpora, folder, settings, store=store, trackers=[accelerator] if args.trackers else (), samples=prompts)
     save_weights(model, folder / "trained.safetensors")
-    accelerator.end_training()
     if accelerator.is_main_process:
         print(f"weights: {folder / 'trained.safetensors'}, report: {report(folder, stage.name)}")
+    agree(0.0)  # nobody leaves before the report is there: a launcher that sees one go may end the others
+    accelerator.end_training()
     return folder
 
 # %% ../nbs/19_full_scale.ipynb #15d9c29b

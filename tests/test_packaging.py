@@ -64,11 +64,18 @@ def test_only_declared_libraries_and_no_network():
     brought = {"PIL": "pillow", "numpy": "torch", "tokenizers": "transformers", "fsspec": "datasets", "pyarrow": "datasets", "yaml": "accelerate"}  # they come with what needs them
     for room in ROOMS:
         names = {name.split(".")[0] for name in imports(PACKAGE / f"{room}.py")}
-        for name in names - {"dreamllm_edu"}:
+        extra = {"deepspeed"} if room == "train" else set()  # an extra of that name, and a clear error without it (test_train)
+        for name in names - {"dreamllm_edu"} - extra:
             assert name in python or brought.get(name, name) in DIRECT, f"{room} imports {name}, which is not declared"
         reaching = {"torchvision", "requests", "urllib", "http", "socket", "ftplib", "httpx"}
         found = {name for name in imports(PACKAGE / f"{room}.py") if name.split(".")[0] in reaching}
         assert found <= {"urllib.parse"}, room  # which only takes addresses apart
+
+
+def test_what_is_optional_is_an_extra_and_imported_only_when_asked_for():
+    assert SETTINGS["deepspeed_requirements"].startswith("deepspeed>=") and "deepspeed" in SETTINGS["dev_requirements"].split()
+    top = ast.parse((PACKAGE / "train.py").read_text(encoding="utf8")).body
+    assert not [node for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) and "deepspeed" in ast.dump(node)]
 
 
 def test_public_things_have_docstrings():
