@@ -11,7 +11,7 @@ __all__ = ['Item', 'throw_dice', 'first_fit', 'packed_rows', 'null_document', 's
            'micro_batches', 'attention', 'precision', 'backward', 'merged', 'full', 'gradient_norm', 'part_norms',
            'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'one_step', 'run', 'speed',
            'gathered', 'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build',
-           'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main']
+           'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main', 'leave']
 
 # %% ../nbs/19_full_scale.ipynb #a565a824
 import argparse
@@ -1146,7 +1146,8 @@ def train_stage(args):
     if accelerator.is_main_process:
         print(f"weights: {folder / 'trained.safetensors'}, report: {report(folder, stage.name)}")
     agree(0.0)  # nobody leaves before the report is there: a launcher that sees one go may end the others
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
 
 # %% ../nbs/19_full_scale.ipynb #15d9c29b
@@ -1173,5 +1174,15 @@ def main(argv=None):
     return 0
 
 
+def leave(code):
+    """End this process. One of several that is done goes at once: torch's gloo threads now and then abort when the interpreter is taken down, and the launcher
+    would call a run failed whose weights are written."""
+    if code == 0 and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    sys.exit(code)
+
+
 if __name__ == "__main__" and "get_ipython" not in globals():  # as a module, not in the notebook
-    sys.exit(main())
+    leave(main())
