@@ -63,8 +63,6 @@ class DreamLLMConfig(PreTrainedConfig):
             raise ValueError(f"num_queries={num_queries} must be positive and condition_dropout={condition_dropout} between 0 and 1")
         if compat not in (None, "official") or snr_gamma is not None and snr_gamma <= 0:
             raise ValueError(f"compat={compat!r} must be None or 'official', snr_gamma={snr_gamma} None or positive")
-        if timestep_exponent <= 0:
-            raise ValueError(f"timestep_exponent={timestep_exponent} must be positive; 1 draws every time step as often")
         super().__init__(**{"tie_word_embeddings": self.text_config.tie_word_embeddings, **kwargs})
 
     @property

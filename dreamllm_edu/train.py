@@ -365,8 +365,8 @@ def sharding(model, stage):
 
 def distribute(model, stage, parallel="single", precision="no", checkpointing=False, compile=False):
     """Make `model` train on this rank's share; returns the thing to call. `parallel`: "single", or in a running process group "ddp",
-    "fsdp2" or "zero3" (this only prepares; `zero3` then shards); `precision`: "no" or "bf16" (weights stay float32 where they are kept; computing, gathering and the frozen
-    parts are bfloat16)."""
+    "fsdp2" or "zero3" (this only prepares; `zero3` then shards); `precision`: "no" or "bf16" (weights stay float32 where they are kept; computing, gathering but
+    for zero3's, and the frozen parts are bfloat16)."""
     plan = sharding(model, stage)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -454,14 +454,16 @@ def share_of(p, optimizer=None, key=None):
 def put(values, p, optimizer=None, key=None):
     """Overwrite this rank's share of a parameter, or of its AdamW moment `key`."""
     if not hasattr(p, "ds_numel"):
-        return share_of(p, optimizer, key).values.copy_(values)
+        share_of(p, optimizer, key).values.copy_(values)
+        return
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     padded = torch.nn.functional.pad(values, (0, p.ds_tensor.numel() - len(values)))
     if key:
-        return safe_set_local_optimizer_state(p, padded, key)
-    safe_set_local_fp32_param(p, padded)
-    p.ds_tensor.data.copy_(padded)  # what it computes with is another copy than what AdamW updates
+        safe_set_local_optimizer_state(p, padded, key)
+    else:
+        safe_set_local_fp32_param(p, padded)
+        p.ds_tensor.data.copy_(padded)  # what it computes with is another copy than what AdamW updates
 
 
 def whole(tensor):
@@ -532,7 +534,7 @@ def save_checkpoint(folder, shares, state, keep=3, sharded=False):
         if sharded or rank == 0:
             path = aside / f"rank-{rank:05}.safetensors"
             where = {name: (share.first, share.first + len(share.values), share.shape) for name, share in shares.items()}
-            save_file({name: share.values.detach().cpu() for name, share in shares.items()}, path, {"shares": json.dumps(where)})
+            save_file({name: share.values.cpu() for name, share in shares.items()}, path, {"shares": json.dumps(where)})
             mine = {path.name: [path.stat().st_size, checksum(path)]}
     except (OSError, SafetensorError) as error:
         problem = error

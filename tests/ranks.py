@@ -50,16 +50,13 @@ def train_all(folder, parallel):
     save_weights(model, folder / f"{parallel}-{rank_and_world()[1]}.safetensors")
 
 
-def resume(folder, parallel):
-    """Go on from a copy of the checkpoint after three steps of stage II."""
-    stage_two(folder, parallel)
-
-
 def stage_two(folder, parallel, trackers=(), samples=None, **options):
-    """Five steps of stage II."""
+    """Five steps of stage II, or what is left of them after the checkpoint in `folder`."""
     model = make_tiny()
     run(model, processor(), stage(2, batch=4), corpora(), folder, replace(settings(parallel), **options), progress=False, trackers=trackers, samples=samples)
     keep_weights(model, folder / "weights.safetensors")
+    cut = {name.split(".")[0] for name, p in model.named_parameters() if hasattr(p, "ds_numel")}
+    assert parallel != "zero3" or cut and not cut & set(model.frozen_parts), f"DeepSpeed cut up {sorted(cut)}"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import ranks_without_pictures, resume, train_all
+from ranks import ranks_without_pictures, stage_two, train_all
 from safetensors.torch import load_file
 from test_train import curve
 
@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
     without_the_end(folder / "single-1-stage2", folder / "from-one")
     four = launch(4, folder, "fsdp2", "resume:by-four", "resume:from-one")
     assert four.returncode == 0, four.stderr[-3000:]
-    resume(folder / "by-one", "single")
+    stage_two(folder / "by-one", "single")
     return folder
 
 
@@ -56,7 +56,7 @@ def zero3(runs):
     without_the_end(runs / "zero3-2-stage2", runs / "zero3-by-four")
     four = launch(4, runs, "resume:zero3-by-four")
     assert four.returncode == 0, four.stderr[-3000:]
-    resume(runs / "zero3-by-one", "single")
+    stage_two(runs / "zero3-by-one", "single")
     return runs
 
 
@@ -113,12 +113,11 @@ def test_deepspeed_counts_micro_batches_and_recomputes(zero3):
     same(zero3, "zero3-2-stage2", "zero3-micro")
 
 
-def test_deepspeed_keeps_frozen_parts_whole_and_shares_the_rest(zero3):
+def test_deepspeed_shares_what_trains(zero3):
+    """That it leaves the frozen parts whole, `stage_two` asks in every process."""
     files = sorted((zero3 / "zero3-2-stage2" / "step-00000005").glob("rank-*"))
     whole = (zero3 / "single-1-stage2" / "step-00000005" / "rank-00000.safetensors").stat().st_size
     assert len(files) == 2 and max(f.stat().st_size for f in files) < 0.6 * whole
-    frozen = ("vision_encoder", "vae", "unet")
-    assert not any(name.split("/")[1].startswith(frozen) for name in load_file(files[0]))
 
 
 def test_a_bad_step_of_one_rank_is_skipped_by_all(zero3):
