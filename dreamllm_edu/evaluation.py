@@ -85,14 +85,16 @@ def train_judge(out, runs, steps=3000, batch=128, seed=0, progress=True):
 
     def loss_of_step(model, step, generator):
         i = ours[torch.randint(len(ours), (batch,), generator=generator)]
-        x = jiggle(pixels[i].float() / 127.5 - 1, generator, scale=0.25, shift=0.2)
+        tinted = torch.rand(batch, generator=generator) < 0.5
+        x = jiggle(pixels[i].float() / 127.5 - 1, generator, scale=0.25, shift=0.2, tint=0.15 * tinted.view(-1, 1, 1, 1))
         coarse = F.interpolate(F.interpolate(x, 30, mode="area"), 64, mode="bilinear")
         blurred = F.interpolate(F.interpolate(x, 20, mode="area"), 64, mode="bilinear")
         coin = torch.rand(batch, 1, 1, 1, generator=generator)
         x = torch.where(coin < 0.4, coarse, torch.where(coin < 0.6, blurred, x))
         concept, style = model(x.contiguous(memory_format=torch.channels_last))
         concept_loss = F.cross_entropy(concept.float(), concepts[i], label_smoothing=0.1)
-        return {"loss": concept_loss + 0.3 * F.cross_entropy(style.float(), styles[i]), "concept": concept_loss}
+        style_loss = F.cross_entropy(style.float()[~tinted], styles[i][~tinted])  # a designer is known by the palette
+        return {"loss": concept_loss + 0.5 * style_loss, "concept": concept_loss, "style": style_loss}
 
     judge, history = fit(judge, loss_of_step, steps, 3e-3, folder=runs / "judge", seed=seed, weight_decay=0.05, progress=progress,
                          description="judge")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'NEEDS', 'Captioned', 'to_unit', 'pretrain_tokenizer', 'load_tokenizer', 'pretrain_vae', 'numbered',
-           'last_states', 'tune_vision', 'pretrain_clip', 'caption_states', 'latent_moments', 'pretrain_unet',
-           'pretrain_decoder', 'pretrain_language', 'pretrain', 'measure_language_part', 'measure_clip_part', 'psnr',
-           'measure_vae_part', 'measure_judge_part', 'measure_unet_part', 'measure_parts']
+           'last_states', 'in_styles', 'tune_vision', 'pretrain_clip', 'caption_states', 'latent_moments',
+           'pretrain_unet', 'pretrain_decoder', 'pretrain_language', 'pretrain', 'measure_language_part',
+           'measure_clip_part', 'psnr', 'measure_vae_part', 'measure_judge_part', 'measure_unet_part', 'measure_parts']
 
 # %% ../nbs/12_pretraining.ipynb #2deb5507
 import math
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -116,34 +117,56 @@ def last_states(clip, tokenizer, texts):
     return states[torch.arange(len(states)), mask.sum(-1) - 1]
 
 
+def in_styles(data):
+    """The captions of all single drawings in each style, {style: [n]}, and which of the four is true: int64 [n]."""
+    said = {style: [caption(name, style) for name in data.names[:data.singles]] for style in STYLES}
+    return said, torch.tensor([[lines[i] for lines in said.values()].index(data.captions[i]) for i in range(data.singles)])
+
+# %% ../nbs/12_pretraining.ipynb #7c1e5a90
 def tune_vision(model, data, pixels, tokenizer, runs, steps, batch, seed, progress):
     """The second half of CLIP's training: the text tower is locked (Zhai et al. 2022, LiT) and read once, so the U-Net may already use it; the
-    vision tower goes on, on batches in which every concept comes in all its styles. Each picture is compared with the captions (which style?)
-    and with the bare names (what do the drawings of one thing share?)."""
-    pooled = {key: last_states(model, tokenizer, texts) for key, texts in (("captions", data.captions), ("names", data.names))}
-    model.text_model.requires_grad_(False)
-    label, families = {"captions": numbered(data.captions), "names": numbered(data.names)}, {}
+    vision tower starts again, on batches in which every concept comes in all its styles. Each picture is compared with the bare names (what do the
+    drawings of one thing share?). Four in ten are tinted; the others keep their palette, by which a designer is known, and are asked for their
+    style twice: by comparison with their own caption in all styles, and by a linear layer on the patches that DreamLLM will read."""
+    said, style = in_styles(data)
+    pooled = {key: last_states(model, tokenizer, texts) for key, texts in {"names": data.names, **said}.items()}
+    label, families = numbered(data.names), {}
     for i, name in enumerate(data.names[:data.singles]):
         families.setdefault(name, []).append(i)
     families = list(families.values())
+    model.text_model.requires_grad_(False)
+    torch.manual_seed(seed)
+    again = CLIPModel(model.config).float()
+    model.vision_model, model.visual_projection = again.vision_model, again.visual_projection
+    learner = nn.ModuleDict({"clip": model, "style": nn.Linear(model.config.vision_config.hidden_size, len(STYLES))})
 
-    def loss_of_step(model, step, generator):
+    def loss_of_step(learner, step, generator):
+        clip = learner["clip"]
         chosen = torch.randperm(len(families), generator=generator)[:batch // 5]
         i = torch.tensor([i for f in chosen.tolist() for i in families[f]])
         i = torch.cat([i, torch.randint(data.singles, len(data.refs), (batch - len(i),), generator=generator)])
-        x = clip_normalize(erase(jiggle(to_unit(pixels[i]), generator, 0.25, 0.15, tint=0.35), generator))
-        image = model.visual_projection(model.vision_model(pixel_values=x).pooler_output)
-        losses = {key: contrastive_loss(image, model.text_projection(pooled[key][i]), model.logit_scale,
-                                        (label[key][i][:, None] == label[key][i][None]).float()) for key in pooled}
-        return {"loss": sum(losses.values()) / 2, **losses}
+        coin = torch.rand(2, batch, generator=generator)
+        single, tinted, turned = i < data.singles, coin[0] < 0.4, coin[1] < 0.5
+        x = jiggle(to_unit(pixels[i]), generator, 0.2, 0.15, tint=0.35 * tinted.view(-1, 1, 1, 1))
+        x = erase(torch.where((single & turned).view(-1, 1, 1, 1), x.flip(-1), x), generator)  # a mirrored scene would belie its caption
+        seen = clip.vision_model(pixel_values=clip_normalize(x), output_hidden_states=True)
+        image = clip.visual_projection(seen.pooler_output)
+        same = (label[i][:, None] == label[i][None]).float()
+        names = contrastive_loss(image, clip.text_projection(pooled["names"][i]), clip.logit_scale, same)
+        rows = single & ~tinted
+        four = F.normalize(torch.stack([clip.text_projection(pooled[key][i[rows]]) for key in STYLES], 1).float(), dim=-1)
+        likeness = (four @ F.normalize(image[rows].float(), dim=-1)[..., None]).squeeze(-1)  # [n, 4]
+        by_caption = F.cross_entropy(clip.logit_scale.exp().clamp(max=100) * likeness, style[i[rows]])
+        by_patches = F.cross_entropy(learner["style"](seen.hidden_states[-2][rows, 1:].mean(1)).float(), style[i[rows]])
+        return {"loss": names + 0.5 * by_caption + 2 * by_patches, "names": names, "by_caption": by_caption, "by_patches": by_patches}
 
-    tuned, history = fit(model, loss_of_step, steps, 1e-3, folder=runs / "clip-vision", seed=seed + 1, ema_decay=0.998, weight_decay=0.1,
+    tuned, history = fit(learner, loss_of_step, steps, 1.2e-3, folder=runs / "clip-vision", seed=seed + 1, ema_decay=0.998, weight_decay=0.1,
                          progress=progress, description="CLIP, vision")
-    model.load_state_dict(tuned.state_dict())
+    model.load_state_dict(tuned["clip"].state_dict())
     return history
 
 # %% ../nbs/12_pretraining.ipynb #341c46ca
-def pretrain_clip(out, runs, steps=850, vision_steps=2000, batch=256, seed=0, progress=True, init=None):
+def pretrain_clip(out, runs, steps=850, vision_steps=2600, batch=256, seed=0, progress=True, init=None):
     """Contrastive vision + text on captions with and without the style. `init`: parts whose CLIP goes straight to the second half."""
     data, tokenizer = Captioned(), load_tokenizer(out)
     pixels = data.pixels()

@@ -185,10 +185,10 @@ STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the min
         Stage("1-alignment", ALIGN, {"pairs/draw": 0.5, "pairs/caption": 0.3, "scenes": 0.2}, 4e-3, 200, 64, read_last=False, timestep_exponent=0.5),
         Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.55, "pairs/caption": 0.08, "articles": 0.08, "scenes": 0.12, "definitions": 0.17},
               1.2e-3, 7100, 128, ema_decay=0.998, read_last=False, timestep_exponent=0.5),
-        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.24, "pairs/caption": 0.04, "articles": 0.06, "scenes": 0.05, "dialogues/show": 0.07,
-                                                             "dialogues/what": 0.06, "dialogues/style": 0.08, "dialogues/count": 0.02, "dialogues/relation": 0.14,
-                                                             "edits": 0.08, "subjects": 0.02, "definitions": 0.14},
-              9e-4, 4200, 128, ema_decay=0.997, read_last=False, timestep_exponent=0.5),
+        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.22, "pairs/caption": 0.06, "articles": 0.06, "scenes": 0.05, "dialogues/show": 0.06,
+                                                             "dialogues/what": 0.06, "dialogues/style": 0.08, "dialogues/count": 0.02, "dialogues/relation": 0.12,
+                                                             "edits": 0.09, "subjects": 0.02, "definitions": 0.16},
+              9e-4, 4200, 128, ema_decay=0.997, timestep_exponent=0.5),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),
@@ -213,14 +213,14 @@ def set_trainable(model, stage):
 class FeatureCache:
     """What the frozen parts say of every picture, computed once: CLIP features [n, views, N, V] and the VAE's posterior (mean, std) [n, Z, h, w].
 
-    `views`: the picture itself and `views - 1` jiggled copies, of which training reads a random one."""
+    `views`: the picture itself and `views - 1` copies, scaled and shifted but not tinted (the palette tells the style), of which training reads a random one."""
     def __init__(self, model, processor, world, refs, batch=64, progress=False, views=1):
         self.index, features, moments = {ref: i for i, ref in enumerate(refs)}, [], []
         with torch.no_grad():
             for start in tqdm(range(0, len(refs), batch), desc="frozen features", disable=not progress):
                 pictures = [world.picture(ref.ref) for ref in refs[start:start + batch]]
                 pixels = torch.stack([picture_tensor(p, processor.target_size) for p in pictures])
-                seen = [processor.pixels(pictures)] + [clip_normalize(jiggle(pixels, step_generator(view, start))) for view in range(1, views)]
+                seen = [processor.pixels(pictures)] + [clip_normalize(jiggle(pixels, step_generator(view, start), tint=0)) for view in range(1, views)]
                 features.append(torch.stack([model.encode_images(view).half() for view in seen], 1))
                 posterior = model.vae.encode(pixels).latent_dist
                 moments.append(torch.stack([posterior.mean, posterior.std], 1) * model.vae.config.scaling_factor)

@@ -46,7 +46,7 @@ def clip_config(vocab_size=4096, size=64, patch=16, hidden=192, layers=4, text_l
 
 # %% ../nbs/04_vision.ipynb #8c9cb638
 def jiggle(x, generator, scale=0.15, shift=0.12, tint=0.15):
-    """Random scale, shift and colour balance on a white ground: the augmentation that CLIP, the judge and DreamLLM's `views` (notebook 10) see. [n, 3, H, W] in [-1, 1]"""
+    """Random scale, shift and colour balance on a white ground: the augmentation that CLIP, the judge and, with `tint=0`, DreamLLM's `views` (notebook 10) see. [n, 3, H, W] in [-1, 1]"""
     n = len(x)
     unit = lambda *size: torch.rand(*size, generator=generator) * 2 - 1
     theta = torch.zeros(n, 2, 3)
