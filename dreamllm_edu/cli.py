@@ -59,7 +59,7 @@ def parser():
     p.add_argument("--max-pictures", type=int, default=4)
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--guidance-scale", type=float, default=3.0)
+    p.add_argument("--guidance-scale", type=float, default=2.0)
     p.add_argument("--num-inference-steps", type=int, default=20)
     p.add_argument("--seed", type=int, default=0)
     p = command("evaluate", "measure the miniature on held-out data, with baselines and intervals")

@@ -58,7 +58,7 @@ def unet_config(size=8, channels=(96, 192), latent_channels=8, condition=192, la
 
 # %% ../nbs/05_diffusion.ipynb #64667a72
 @torch.no_grad()
-def sample_latents(unet, scheduler, condition, null, guidance_scale=3.0, num_inference_steps=20, generator=None, noise=None, sampler=None,
+def sample_latents(unet, scheduler, condition, null, guidance_scale=2.0, num_inference_steps=20, generator=None, noise=None, sampler=None,
                    guidance_rescale=0.0, added=None):
     """Latents [B, Z, h, w] with classifier-free guidance: out = null + s (cond - null).
 

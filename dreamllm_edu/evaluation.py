@@ -85,7 +85,7 @@ def train_judge(out, runs, steps=3000, batch=128, seed=0, progress=True):
 
     def loss_of_step(model, step, generator):
         i = ours[torch.randint(len(ours), (batch,), generator=generator)]
-        tinted = torch.rand(batch, generator=generator) < 0.5
+        tinted = torch.rand(batch, generator=generator) < 0.5  # the others keep their palette, by which a designer is known
         x = jiggle(pixels[i].float() / 127.5 - 1, generator, scale=0.25, shift=0.2, tint=0.15 * tinted.view(-1, 1, 1, 1))
         coarse = F.interpolate(F.interpolate(x, 30, mode="area"), 64, mode="bilinear")
         blurred = F.interpolate(F.interpolate(x, 20, mode="area"), 64, mode="bilinear")
@@ -93,7 +93,7 @@ def train_judge(out, runs, steps=3000, batch=128, seed=0, progress=True):
         x = torch.where(coin < 0.4, coarse, torch.where(coin < 0.6, blurred, x))
         concept, style = model(x.contiguous(memory_format=torch.channels_last))
         concept_loss = F.cross_entropy(concept.float(), concepts[i], label_smoothing=0.1)
-        style_loss = F.cross_entropy(style.float()[~tinted], styles[i][~tinted])  # a designer is known by the palette
+        style_loss = F.cross_entropy(style.float()[~tinted], styles[i][~tinted])
         return {"loss": concept_loss + 0.5 * style_loss, "concept": concept_loss, "style": style_loss}
 
     judge, history = fit(judge, loss_of_step, steps, 3e-3, folder=runs / "judge", seed=seed, weight_decay=0.05, progress=progress,
@@ -173,7 +173,7 @@ def draw(model, processor, texts, batch=50, **options):
 
 # %% ../nbs/11_evaluation.ipynb #fb2513da
 @torch.no_grad()
-def draw_from_text_encoder(model, clip, processor, texts, batch=50, guidance_scale=3.0, num_inference_steps=20, seed=0):
+def draw_from_text_encoder(model, clip, processor, texts, batch=50, guidance_scale=2.0, num_inference_steps=20, seed=0):
     """The baseline: the same U-Net prompted by the CLIP text encoder that it was trained with, as Stable Diffusion is."""
     states = lambda t: clip.text_model(**dict(zip(("input_ids", "attention_mask"), caption_ids(processor.tokenizer, t)))).last_hidden_state
     pictures = []

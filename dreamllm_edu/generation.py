@@ -211,7 +211,7 @@ def _check(model, documents, processor, max_new_tokens, max_pictures, temperatur
 
 # %% ../nbs/09_generation.ipynb #adacdd74
 @torch.no_grad()
-def generate(self, documents, processor, max_new_tokens=120, max_pictures=4, temperature=0.0, top_p=1.0, guidance_scale=3.0,
+def generate(self, documents, processor, max_new_tokens=120, max_pictures=4, temperature=0.0, top_p=1.0, guidance_scale=2.0,
              num_inference_steps=20, seed=0, generator=None, callback=None, generation_config=None):
     """Continue documents with text and pictures; returns a `Document` for a `Document`, a list for a list (prompts are given, answers follow).
 

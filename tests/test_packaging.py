@@ -226,6 +226,15 @@ def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(ship
     assert (distance.argmin(1) == torch.arange(len(wishes))).sum() >= 4, np.round(distance.numpy(), 2)
 
 
+def test_the_shipped_model_ends_its_answer_with_the_drawing(shipped, world):
+    model, processor = shipped
+    wishes = ["red apple in Noto style", "pizza in Twemoji style", "penguin in Fluent style", "rocket in OpenMoji style", "sunflower in Noto style", "frog in Twemoji style"]
+    documents = model.generate([Document([f"User: show me {wish}.\nAssistant:"]) for wish in wishes], processor, max_new_tokens=48, max_pictures=2,
+                               num_inference_steps=2)
+    ends = [len(d.pictures) == 1 and not isinstance(d.parts[-1], str) for d in documents]
+    assert sum(ends) >= 5, [d.parts for d in documents]
+
+
 def judged_noto(world):
     from dreamllm_edu.evaluation import judge_pictures, load_judge
     judge = load_judge(WEIGHTS / "judge")
