@@ -173,13 +173,13 @@ def draw(model, processor, texts, batch=50, **options):
 
 # %% ../nbs/11_evaluation.ipynb #fb2513da
 @torch.no_grad()
-def draw_from_text_encoder(model, clip, processor, texts, batch=50, guidance_scale=2.0, num_inference_steps=20, seed=0):
-    """The baseline: the same U-Net prompted by the CLIP text encoder that it was trained with, as Stable Diffusion is."""
+def draw_from_text_encoder(model, clip, processor, texts, batch=50, seed=0, **options):
+    """The baseline: the same U-Net prompted by the CLIP text encoder that it was trained with, as Stable Diffusion is. `options`: of `sample_latents`."""
     states = lambda t: clip.text_model(**dict(zip(("input_ids", "attention_mask"), caption_ids(processor.tokenizer, t)))).last_hidden_state
     pictures = []
     for start in range(0, len(texts), batch):
-        latents = sample_latents(model.unet, model.scheduler, states(texts[start:start + batch]), states([""]), guidance_scale, num_inference_steps,
-                                 generator=torch.Generator().manual_seed(seed + start))
+        latents = sample_latents(model.unet, model.scheduler, states(texts[start:start + batch]), states([""]),
+                                 generator=torch.Generator().manual_seed(seed + start), **options)
         pictures += to_pictures(decode_latents(model.vae, latents))
     return pictures
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'NEEDS', 'Captioned', 'to_unit', 'pretrain_tokenizer', 'load_tokenizer', 'pretrain_vae', 'numbered',
-           'last_states', 'in_styles', 'tune_vision', 'pretrain_clip', 'caption_states', 'latent_moments',
+           'last_states', 'style_numbers', 'tune_vision', 'pretrain_clip', 'caption_states', 'latent_moments',
            'pretrain_unet', 'pretrain_decoder', 'pretrain_language', 'pretrain', 'measure_language_part',
            'measure_clip_part', 'psnr', 'measure_vae_part', 'measure_judge_part', 'measure_unet_part', 'measure_parts']
 
@@ -117,10 +117,9 @@ def last_states(clip, tokenizer, texts):
     return states[torch.arange(len(states)), mask.sum(-1) - 1]
 
 
-def in_styles(data):
-    """The captions of all single drawings in each style, {style: [n]}, and which of the four is true: int64 [n]."""
-    said = {style: [caption(name, style) for name in data.names[:data.singles]] for style in STYLES}
-    return said, torch.tensor([[lines[i] for lines in said.values()].index(data.captions[i]) for i in range(data.singles)])
+def style_numbers(refs):
+    """The place in `STYLES` of the style that every picture or scene is drawn in: int64 [n]."""
+    return torch.tensor([list(STYLES).index(ref.split("/")[0] if "/" in ref else ref.split("|")[3]) for ref in refs])
 
 # %% ../nbs/12_pretraining.ipynb #7c1e5a90
 def tune_vision(model, data, pixels, tokenizer, runs, steps, batch, seed, progress):
@@ -128,9 +127,9 @@ def tune_vision(model, data, pixels, tokenizer, runs, steps, batch, seed, progre
     vision tower starts again, on batches in which every concept comes in all its styles. Each picture is compared with the bare names (what do the
     drawings of one thing share?). Four in ten are tinted; the others keep their palette, by which a designer is known, and are asked for their
     style twice: by comparison with their own caption in all styles, and by a linear layer on the patches that DreamLLM will read."""
-    said, style = in_styles(data)
+    said = {style: [caption(name, style) for name in data.names[:data.singles]] for style in STYLES}
     pooled = {key: last_states(model, tokenizer, texts) for key, texts in {"names": data.names, **said}.items()}
-    label, families = numbered(data.names), {}
+    label, style, families = numbered(data.names), style_numbers(data.refs), {}
     for i, name in enumerate(data.names[:data.singles]):
         families.setdefault(name, []).append(i)
     families = list(families.values())
@@ -174,7 +173,7 @@ def pretrain_clip(out, runs, steps=850, vision_steps=2600, batch=256, seed=0, pr
     bare_ids, bare_mask = caption_ids(tokenizer, data.names)
     index = {name: i for i, name in enumerate(sorted(set(data.names)))}
     what = torch.tensor([index[name] for name in data.names])
-    style = torch.tensor([list(STYLES).index(r.split("/")[0] if "/" in r else r.split("|")[3]) for r in data.refs])
+    style = style_numbers(data.refs)
     torch.manual_seed(seed)
     model = CLIPModel.from_pretrained(Path(init) / "clip").float() if init else CLIPModel(clip_config(len(tokenizer)))
 

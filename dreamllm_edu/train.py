@@ -902,7 +902,7 @@ def draw_samples(model, processor, prompts, path, settings, max_new_tokens=24):
     from dreamllm_edu.documents import write_jsonl
 
     with gathered(model), precision(model, settings):
-        documents = model.generate(prompts, processor, max_new_tokens, 1, 0.0, 1.0, 2.0, 10, seed=0)
+        documents = model.generate(prompts, processor, max_new_tokens, max_pictures=1, num_inference_steps=10)
     if rank_and_world()[0] == 0:
         write_jsonl(documents, path)
 
