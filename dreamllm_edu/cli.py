@@ -33,6 +33,7 @@ def parser():
     p.add_argument("--runs", type=Path, default=Path(".runs/work"), help="folder of the resumable state")
     p.add_argument("--steps", type=count, help="training steps instead of the part's own number")
     p.add_argument("--init", type=Path, help="clip (its vision tower), language, unet: folder of parts from which the part is trained further")
+    p.add_argument("--compile", action="store_true", help="compile the U-Net, by far the longest training: worth its minute of waiting, needs a C++ compiler")
     p = command("train", "the three stages, from pretrained parts")
     p.add_argument("--scale", choices=["mini"], default="mini")
     p.add_argument("--parts", type=Path, help="folder of the pretrained parts (default: the shipped ones)")
@@ -114,7 +115,7 @@ def run_pretrain(args):
 
     args.out.mkdir(parents=True, exist_ok=True)
     for part in pretraining.PARTS if args.part == "all" else [args.part]:
-        pretraining.pretrain(part, args.out, args.runs, args.steps, init=args.init)
+        pretraining.pretrain(part, args.out, args.runs, args.steps, init=args.init, compile=args.compile)
 
 
 def run_train(args):

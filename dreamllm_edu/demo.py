@@ -158,7 +158,8 @@ def creation_table(creation):
     """Model, baselines and ceiling side by side, one row a system and split."""
     splits = {"seen": "seen", "held_out_renderings": "held-out renderings", "held_out_concepts": "held-out concepts"}
     systems = {"DreamLLM miniature": creation, "its U-Net prompted by CLIP text": creation["baseline_text_encoder"],
-               "nearest training picture": creation["baseline_nearest"], "exchanged prompts": creation["baseline_shuffled"]}
+               "nearest training picture": creation["baseline_nearest"], "exchanged prompts": creation["baseline_shuffled"],
+               "the right picture, through the VAE (ceiling)": creation["ceiling_vae"]}
     rows = [(name, label, system[key]) for key, label in splits.items() for name, system in systems.items()]
     rows.append(("real drawings new to the judge (ceiling)", "–", creation["ceiling_real"]))
     body = "".join(f"<tr><td>{label}<td>{name}" + "".join(f"<td>{metric_cell(m[k])}" for k in ("concept_top1", "concept_top5", "style_top1")) for name, label, m in rows)

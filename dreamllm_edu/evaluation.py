@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'ResidualBlock', 'Judge', 'judge_data', 'train_judge', 'load_judge', 'judge_pictures',
            'interval', 'score_creation', 'wishes', 'nearest_training_pictures', 'draw', 'draw_from_text_encoder',
-           'score_scenes', 'answers', 'sample_rows', 'score_layout', 'measure_comprehension', 'measure_creation',
-           'measure_baselines', 'measure_tasks', 'edit', 'in_batches', 'measure_language']
+           'through_vae', 'score_scenes', 'answers', 'sample_rows', 'score_layout', 'measure_comprehension',
+           'measure_creation', 'measure_baselines', 'measure_tasks', 'edit', 'in_batches', 'measure_language']
 
 # %% ../nbs/11_evaluation.ipynb #9a33e8e3
 import json
@@ -183,6 +183,13 @@ def draw_from_text_encoder(model, clip, processor, texts, batch=50, seed=0, **op
         pictures += to_pictures(decode_latents(model.vae, latents))
     return pictures
 
+# %% ../nbs/11_evaluation.ipynb #38f1fa03
+@torch.no_grad()
+def through_vae(vae, pictures):
+    """Pictures encoded and decoded, [n] PIL: what the latents keep of them, the ceiling of whatever a U-Net draws there."""
+    x = torch.stack([picture_tensor(p, 64) for p in pictures])
+    return [p for part in x.split(64) for p in to_pictures(vae.decode(vae.encode(part).latent_dist.mean).sample)]
+
 # %% ../nbs/11_evaluation.ipynb #92e73e26
 ARRANGEMENTS = [("left", False), ("left", True), ("above", False), ("above", True)]  # relation, whether a and b are exchanged
 
@@ -266,19 +273,21 @@ def measure_creation(model, processor, judge, world, n=150, **options):
 
 # %% ../nbs/11_evaluation.ipynb #f3e5aef5
 def measure_baselines(model, clip, processor, judge, world, n=150):
-    """Text encoder, nearest training picture, and the judge's ceiling on real drawings new to it."""
-    text, near = {}, {}
+    """Text encoder, nearest training picture, the wished pictures through the VAE, and the judge's ceiling on real drawings new to it."""
+    real_ones = lambda asked: [world.picture(f"{style}/{world.by_name[name]['key']}") for name, style in asked]
+    text, near, kept = {}, {}, {}
     for key, split in (("seen", "train"), ("held_out_renderings", "held_out_renderings"), ("held_out_concepts", "held_out_concepts")):
         prompts = wishes(world, split, n)
         text[key] = score_creation(judge, world, draw_from_text_encoder(model, clip, processor, [caption(*p) for p in prompts]), prompts)
         near[key] = score_creation(judge, world, nearest_training_pictures(clip, processor, world, prompts), prompts)
+        kept[key] = score_creation(judge, world, through_vae(model.vae, real_ones(prompts)), prompts)
     strangers = [(c["name"], style) for c in world.concepts for style in JUDGE_ONLY if style in c["styles"]]
     asked = random.Random(0).sample(strangers, 2 * n)
-    real = score_creation(judge, world, [world.picture(f"{style}/{world.by_name[name]['key']}") for name, style in asked], asked)
+    real = score_creation(judge, world, real_ones(asked), asked)
     pixels, concepts, styles, held = judge_data(world)
     verdict = torch.cat([judge(x.float() / 127.5 - 1)[1].argmax(-1) for x in pixels[held].split(64)])
     real["style_top1"] = interval((verdict == styles[held]).tolist())  # strangers have no style that the judge knows
-    return {"baseline_text_encoder": text, "baseline_nearest": near, "ceiling_real": real}
+    return {"baseline_text_encoder": text, "baseline_nearest": near, "ceiling_vae": kept, "ceiling_real": real}
 
 # %% ../nbs/11_evaluation.ipynb #00feadab
 def measure_tasks(model, processor, judge, world, n=150, **options):

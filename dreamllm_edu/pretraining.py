@@ -208,7 +208,7 @@ def latent_moments(vae, pixels):
     return tuple(torch.cat([getattr(d, name) for d in found]) * vae.config.scaling_factor for name in ("mean", "std"))
 
 # %% ../nbs/12_pretraining.ipynb #bc6d0304
-def pretrain_unet(out, runs, steps=18200, batch=64, seed=0, progress=True, compile=False, init=None):
+def pretrain_unet(out, runs, steps=29200, batch=64, seed=0, progress=True, compile=False, init=None):
     """Text-to-image: a U-Net conditioned on CLIP's text states, 10 % of the captions replaced by the empty one, a fifth of the pictures scenes."""
     data, tokenizer = Captioned(), load_tokenizer(out)
     clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).eval()
@@ -287,9 +287,9 @@ PARTS = ("tokenizer", "clip", "vae", "language", "judge", "unet", "decoder")  # 
 NEEDS = {"clip": ("tokenizer",), "language": ("tokenizer",), "unet": ("tokenizer", "clip", "vae"), "decoder": ("vae",)}
 
 
-def pretrain(part, out, runs, steps=None, progress=True, init=None):
+def pretrain(part, out, runs, steps=None, progress=True, init=None, compile=False):
     """Make one part into `out`; the resumable state lies in `runs`; `init`: parts from which CLIP, language model or U-Net are trained further. `steps`: instead of the part's
-    own number (CLIP: of either half). Raises `ValueError` when a part that it needs is missing."""
+    own number (CLIP: of either half). `compile`: the U-Net, the longest of the trainings, in compiled form. Raises `ValueError` when a part that it needs is missing."""
     out, runs = Path(out), Path(runs)
     missing = [need for need in NEEDS.get(part, ()) if not (out / need).exists()]
     if missing:
@@ -301,6 +301,8 @@ def pretrain(part, out, runs, steps=None, progress=True, init=None):
         options["vision_steps"] = steps
     if init and part in ("clip", "language", "unet"):
         options["init"] = init
+    if compile and part == "unet":
+        options["compile"] = True
     return job(out, runs=runs, progress=progress, **options)
 
 # %% ../nbs/12_pretraining.ipynb #fcfff750

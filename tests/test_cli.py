@@ -205,6 +205,19 @@ def test_pretrain_says_what_is_missing(tmp_path, capsys):
     refused(["pretrain", "clip", "--out", tmp_path / "p", "--runs", tmp_path / "w"], capsys, "clip needs tokenizer", "pretrain it first")
 
 
+def test_compile_is_asked_of_the_unet_alone(tmp_path, monkeypatch):
+    asked = {}
+    for name in ("pretrain_unet", "pretrain_vae"):
+        monkeypatch.setattr(dreamllm_edu.pretraining, name, lambda out, name=name, **options: asked.update({name: options}))
+    for need in ("tokenizer", "clip", "vae"):
+        (tmp_path / "p" / need).mkdir(parents=True)
+    for part in ("unet", "vae"):
+        assert main(["pretrain", part, "--compile", "--out", str(tmp_path / "p"), "--runs", str(tmp_path / "w")]) == 0
+    assert asked["pretrain_unet"]["compile"] is True and "compile" not in asked["pretrain_vae"]
+    assert main(["pretrain", "unet", "--out", str(tmp_path / "p"), "--runs", str(tmp_path / "w")]) == 0
+    assert not asked["pretrain_unet"].get("compile")
+
+
 def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, capsys):
     """A real signal to a real process; the judge is the part that needs no other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
