@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'ResidualBlock', 'Judge', 'judge_data', 'train_judge', 'load_judge', 'judge_pictures',
-           'interval', 'score_creation', 'wishes', 'nearest_training_pictures', 'draw', 'draw_from_text_encoder',
-           'through_vae', 'score_scenes', 'answers', 'sample_rows', 'score_layout', 'measure_comprehension',
-           'measure_creation', 'measure_baselines', 'measure_tasks', 'edit', 'in_batches', 'measure_language']
+           'interval', 'score_creation', 'real_pictures', 'wishes', 'nearest_training_pictures', 'draw',
+           'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers', 'sample_rows', 'score_layout',
+           'measure_comprehension', 'measure_creation', 'measure_baselines', 'measure_tasks', 'edit', 'in_batches',
+           'measure_language']
 
 # %% ../nbs/11_evaluation.ipynb #9a33e8e3
 import json
@@ -143,6 +144,11 @@ def score_creation(judge, world, pictures, prompts):
     return {"concept_top1": interval([w == b[0] for w, b in zip(wanted, best)]), "concept_top5": interval([w in b for w, b in zip(wanted, best)]),
             "style_top1": interval([JUDGE_STYLES[d] == style for d, (_, style) in zip(drawn, prompts) if style in JUDGE_STYLES])}
 
+
+def real_pictures(world, prompts):
+    """What the designers drew for such prompts."""
+    return [world.picture(f"{style}/{world.by_name[name]['key']}") for name, style in prompts]
+
 # %% ../nbs/11_evaluation.ipynb #0604d37d
 def wishes(world, split, n, seed=0):
     """`n` (concept name, style) prompts of a split, drawn by a seed."""
@@ -274,16 +280,15 @@ def measure_creation(model, processor, judge, world, n=150, **options):
 # %% ../nbs/11_evaluation.ipynb #f3e5aef5
 def measure_baselines(model, clip, processor, judge, world, n=150):
     """Text encoder, nearest training picture, the wished pictures through the VAE, and the judge's ceiling on real drawings new to it."""
-    real_ones = lambda asked: [world.picture(f"{style}/{world.by_name[name]['key']}") for name, style in asked]
     text, near, kept = {}, {}, {}
     for key, split in (("seen", "train"), ("held_out_renderings", "held_out_renderings"), ("held_out_concepts", "held_out_concepts")):
         prompts = wishes(world, split, n)
         text[key] = score_creation(judge, world, draw_from_text_encoder(model, clip, processor, [caption(*p) for p in prompts]), prompts)
         near[key] = score_creation(judge, world, nearest_training_pictures(clip, processor, world, prompts), prompts)
-        kept[key] = score_creation(judge, world, through_vae(model.vae, real_ones(prompts)), prompts)
+        kept[key] = score_creation(judge, world, through_vae(model.vae, real_pictures(world, prompts)), prompts)
     strangers = [(c["name"], style) for c in world.concepts for style in JUDGE_ONLY if style in c["styles"]]
     asked = random.Random(0).sample(strangers, 2 * n)
-    real = score_creation(judge, world, real_ones(asked), asked)
+    real = score_creation(judge, world, real_pictures(world, asked), asked)
     pixels, concepts, styles, held = judge_data(world)
     verdict = torch.cat([judge(x.float() / 127.5 - 1)[1].argmax(-1) for x in pixels[held].split(64)])
     real["style_top1"] = interval((verdict == styles[held]).tolist())  # strangers have no style that the judge knows

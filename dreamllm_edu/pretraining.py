@@ -23,7 +23,7 @@ from transformers import CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from .data import JUDGE_ONLY, STYLES, World, caption, definition_split, pairs, read_definitions, scene_list
 from .diffusion import scheduler_config, unet_config, vae_config
 from .language import llama_config, next_token_loss, pack
-from .evaluation import (draw_from_text_encoder, interval, judge_data, judge_pictures, load_judge, score_creation, train_judge,
+from .evaluation import (draw_from_text_encoder, interval, judge_data, judge_pictures, load_judge, real_pictures, score_creation, train_judge,
                                      wishes)
 from .losses import denoising_loss
 from .model import quiet, write_folder
@@ -352,7 +352,7 @@ def measure_judge_part(parts, world):
     """The judge on real drawings that it never saw: concepts by other designers, styles on the renderings kept from it."""
     judge, (pixels, _, styles, held) = load_judge(parts / "judge"), judge_data(world)
     asked = [(c["name"], style) for c in world.concepts for style in JUDGE_ONLY if style in c["styles"]][::5]
-    scores = score_creation(judge, world, [world.picture(f"{style}/{world.by_name[name]['key']}") for name, style in asked], asked)
+    scores = score_creation(judge, world, real_pictures(world, asked), asked)
     right = (judge(to_unit(pixels[held]))[1].argmax(-1) == styles[held]).tolist()
     return {**scores, "style_top1": interval(right), "chance": 1 / len(world.concepts)}
 
