@@ -59,24 +59,31 @@ def unet_config(size=8, channels=(96, 192), latent_channels=8, condition=192, la
 # %% ../nbs/05_diffusion.ipynb #64667a72
 @torch.no_grad()
 def sample_latents(unet, scheduler, condition, null, guidance_scale=2.0, num_inference_steps=20, generator=None, noise=None, sampler=None,
-                   guidance_rescale=0.0, added=None):
+                   guidance_rescale=0.0, added=None, latents=None, strength=1.0):
     """Latents [B, Z, h, w] with classifier-free guidance: out = null + s (cond - null).
 
     `condition`, `null`: [B, L, C]; `noise` may be given instead of a generator. A scale of 1 needs no null pass and makes none. `sampler`: a
     scheduler of diffusers, by default DDIM; `guidance_rescale` pulls the guided output back to the spread of the unguided one (Lin et al. 2024);
-    `added(condition)` gives further inputs of the U-Net, as SDXL wants them."""
+    `added(condition)` gives further inputs of the U-Net, as SDXL wants them. With `latents` [B, Z, h, w] the walk does not start at pure noise but from
+    these, noised as far as the last `strength` of the steps can undo (image to image; Meng et al. 2022, SDEdit; samplers with one time step a step: DDIM, DDPM,
+    DPM-Solver)."""
     if num_inference_steps < 1 or guidance_scale < 0:
         raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1 and guidance_scale={guidance_scale} not negative")
+    if not 0 < strength <= 1 or strength < 1 and latents is None:
+        raise ValueError(f"strength={strength} is the share of the walk that is walked: above 0, not above 1, and below 1 only from given latents")
     sampler = DDIMScheduler.from_config(scheduler.config) if sampler is None else sampler
     sampler.set_timesteps(num_inference_steps)
     size = unet.config.sample_size
     shape = (condition.shape[0], unet.config.in_channels, size, size)
     x = torch.randn(shape, generator=generator, dtype=torch.float32) if noise is None else noise.float()
-    x = x.to(condition.device)
+    x, times = x.to(condition.device), sampler.timesteps
+    if latents is not None:
+        times = times[min(num_inference_steps - 1, round(num_inference_steps * (1 - strength))):]
+        x = scheduler.add_noise(latents.to(x), x, times[:1].expand(len(x)))
     guided = guidance_scale != 1.0
     both = torch.cat([null.expand_as(condition), condition]) if guided else condition
     extra = added(both) if added else {}
-    for t in sampler.timesteps:
+    for t in times:
         out = unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=both, **extra).sample.float()
         if guided:
             base, toward = out.chunk(2)

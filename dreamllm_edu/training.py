@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIGN', 'STAGES', 'step_generator', 'learning_rate_at', 'average_into', 'trainable_state', 'load_trainable',
-           'save_state', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage', 'set_trainable',
+           'save_state', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage', 'set_trainable', 'altered',
            'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
 
 # %% ../nbs/10_training.ipynb #63c9d16e
@@ -25,7 +25,7 @@ from .data import World, definition_split, load, read_definitions
 from .documents import picture_tensor
 from .language import pack
 from .tokenization import Sequence, collate, encode_text
-from .vision import clip_normalize, jiggle
+from .vision import clip_normalize, erase, jiggle
 
 # %% ../nbs/10_training.ipynb #742cd9bd
 def step_generator(seed, step):
@@ -185,10 +185,10 @@ STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the min
         Stage("1-alignment", ALIGN, {"pairs/draw": 0.5, "pairs/caption": 0.3, "scenes": 0.2}, 4e-3, 200, 64, read_last=False, timestep_exponent=0.5),
         Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.55, "pairs/caption": 0.08, "articles": 0.08, "scenes": 0.12, "definitions": 0.17},
               1.2e-3, 7100, 128, ema_decay=0.998, read_last=False, timestep_exponent=0.5),
-        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.22, "pairs/caption": 0.06, "articles": 0.06, "scenes": 0.05, "dialogues/show": 0.06,
-                                                             "dialogues/what": 0.06, "dialogues/style": 0.08, "dialogues/count": 0.02, "dialogues/relation": 0.12,
-                                                             "edits": 0.09, "subjects": 0.02, "definitions": 0.16},
-              9e-4, 4200, 128, ema_decay=0.997, timestep_exponent=0.5),
+        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.157, "pairs/caption": 0.139, "articles": 0.087, "scenes": 0.043, "dialogues/show": 0.052,
+                                                             "dialogues/what": 0.087, "dialogues/style": 0.061, "dialogues/count": 0.017, "dialogues/relation": 0.07,
+                                                             "edits": 0.096, "subjects": 0.017, "definitions": 0.174},
+              7e-4, 5200, 128, ema_decay=0.997, timestep_exponent=0.5),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),
@@ -210,17 +210,27 @@ def set_trainable(model, stage):
     model.config.timestep_exponent = stage.timestep_exponent
 
 # %% ../nbs/10_training.ipynb #bcf310f5
+def altered(pixels, single, generator):
+    """Copies of pictures [n, 3, H, W] in [-1, 1] to learn to read from: scaled, shifted, a white square laid over them, but not tinted (the palette tells
+    the style); of those that are `single` [n] drawings every other one is mirrored (a mirrored scene would belie its caption; so do a dozen single drawings, such as the moon's
+    crescents, which are left in)."""
+    x = jiggle(pixels, generator, 0.2, 0.15, tint=0)
+    turned = single & (torch.rand(len(x), generator=generator) < 0.5)
+    return erase(torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x), generator)
+
+
 class FeatureCache:
     """What the frozen parts say of every picture, computed once: CLIP features [n, views, N, V] and the VAE's posterior (mean, std) [n, Z, h, w].
 
-    `views`: the picture itself and `views - 1` copies, scaled and shifted but not tinted (the palette tells the style), of which training reads a random one."""
+    `views`: the picture itself and `views - 1` altered copies, of which training reads a random one."""
     def __init__(self, model, processor, world, refs, batch=64, progress=False, views=1):
         self.index, features, moments = {ref: i for i, ref in enumerate(refs)}, [], []
         with torch.no_grad():
             for start in tqdm(range(0, len(refs), batch), desc="frozen features", disable=not progress):
                 pictures = [world.picture(ref.ref) for ref in refs[start:start + batch]]
+                single = torch.tensor(["/" in ref.ref for ref in refs[start:start + batch]])
                 pixels = torch.stack([picture_tensor(p, processor.target_size) for p in pictures])
-                seen = [processor.pixels(pictures)] + [clip_normalize(jiggle(pixels, step_generator(view, start), tint=0)) for view in range(1, views)]
+                seen = [processor.pixels(pictures)] + [clip_normalize(altered(pixels, single, step_generator(view, start))) for view in range(1, views)]
                 features.append(torch.stack([model.encode_images(view).half() for view in seen], 1))
                 posterior = model.vae.encode(pixels).latent_dist
                 moments.append(torch.stack([posterior.mean, posterior.std], 1) * model.vae.config.scaling_factor)
@@ -262,7 +272,9 @@ class Mixture:
         for key in kinds:
             kind, _, task = key.partition("/")
             if kind == "definitions":
-                self.rows[key] = self.windows(layout, random.Random(0).sample(definition_split(read_definitions())[0], 50_000))
+                lines = definition_split(read_definitions())[0]
+                random.Random(0).shuffle(lines)  # neighbours in WordNet speak of the same things
+                self.rows[key] = self.windows(layout, lines)
                 continue
             recipes = [r for r in load(kind, split, world) if task in ("", r["task"])]
             if not recipes:

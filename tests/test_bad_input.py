@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
+from dreamllm_edu.diffusion import sample_latents
 from dreamllm_edu.documents import (MAX_PIXELS, Document, Dream, document_from_json, document_from_markdown, load_picture, read_jsonl, write_jsonl)
 from dreamllm_edu.evaluation import Judge, load_judge
 from dreamllm_edu.model import DreamLLM, assemble, load_trained, save_trained
@@ -499,6 +500,13 @@ def test_a_processor_for_another_model_is_an_error(processor, tiny):
 def test_generation_options_out_of_range(options, processor, tiny):
     with pytest.raises(ValueError):
         tiny.generate(Document(["a", Dream()]), processor, **{"max_new_tokens": 2, "num_inference_steps": 1, **options})
+
+
+@pytest.mark.parametrize("strength", [0, -0.5, 1.5, float("nan")])
+def test_a_walk_cannot_begin_before_its_beginning(strength, tiny):
+    words = torch.zeros(1, 2, tiny.unet.config.cross_attention_dim)
+    with pytest.raises(ValueError, match="share of the walk"):
+        sample_latents(tiny.unet, tiny.scheduler, words, words, latents=torch.zeros(1, 8, 8, 8), strength=strength)
 
 
 def test_no_new_tokens_draws_the_wishes_and_nothing_else(trained, processor):
