@@ -284,7 +284,7 @@ def redrawn_latents(out, mean, captions, seed=0):
             found.append(sample_latents(unet, scheduler, told, null, generator=generator, latents=mean[start:start + 64], strength=(0.2, 0.3, 0.4)[k % 3]))
     return torch.cat(found)
 
-
+# %% ../nbs/12_pretraining.ipynb #00d3bc80
 def pretrain_decoder(out, runs, steps=4200, perceptor_steps=1000, batch=32, seed=0, progress=True):
     """Train the VAE's decoder further with the encoder locked: the latents, and so the U-Net, stay what they are; the pictures
     get sharper, at a small cost in squared error on drawings that training did not show.
@@ -303,7 +303,7 @@ def pretrain_decoder(out, runs, steps=4200, perceptor_steps=1000, batch=32, seed
     def loss_of_step(model, step, generator):
         i, coin = data.draw(batch, generator), torch.rand(batch, 1, 1, 1, generator=generator)
         posterior, noise = torch.randn(2, batch, *mean.shape[1:], generator=generator)
-        latents = mean[i] + std[i] * posterior + (coin - 0.67).clamp(min=0) * noise  # one in three gets noise of up to 0.33
+        latents = mean[i] + std[i] * posterior + (coin - 2 / 3).clamp(min=0) * noise  # one in three gets noise of up to 0.33
         latents = torch.where(coin < 1 / 3, redrawn[i], latents) / scale
         x = to_unit(pixels[i]).contiguous(memory_format=torch.channels_last)
         restored = model.decode(latents.contiguous(memory_format=torch.channels_last)).sample.float()

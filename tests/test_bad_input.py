@@ -507,6 +507,8 @@ def test_a_walk_cannot_begin_before_its_beginning(strength, tiny):
     words = torch.zeros(1, 2, tiny.unet.config.cross_attention_dim)
     with pytest.raises(ValueError, match="share of the walk"):
         sample_latents(tiny.unet, tiny.scheduler, words, words, latents=torch.zeros(1, 8, 8, 8), strength=strength)
+    with pytest.raises(ValueError, match="given latents"):
+        sample_latents(tiny.unet, tiny.scheduler, words, words, strength=0.5)
 
 
 def test_no_new_tokens_draws_the_wishes_and_nothing_else(trained, processor):
