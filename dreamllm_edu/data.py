@@ -222,24 +222,24 @@ def pairs(world, split):
 def articles(world, split, seed=0, members=3):
     """Interleaved articles: a class of things, its definition, and its members with definition and picture. Assembled, not written by people.
 
-    Whole classes are held out (one in eight). Only pictures that the training split shows are used."""
+    Whole classes are held out: one in eight of those with 3 to 25 members. Training also reads smaller and larger classes, to meet more ways in which
+    an article may begin. Only pictures that the training split shows are used."""
     rng, classes = random.Random(seed), {}
     for concept in world.concepts:
         for up in concept.get("hypernyms", []):
             classes.setdefault((up["name"], up["definition"]), []).append(concept)
-    classes = {k: v for k, v in sorted(classes.items()) if 3 <= len(v) <= 25}
-    held = set(rng.sample(sorted(classes), len(classes) // 8))
-    rows = []
-    for (name, definition), found in classes.items():
+    medium = sorted(k for k, v in classes.items() if 3 <= len(v) <= 25)
+    held, rows, fewest = set(rng.sample(medium, len(medium) // 8)), [], 2 if split == "train" else members
+    for (name, definition), found in sorted(classes.items()):
         if ((name, definition) in held) != (split != "train"):
             continue
         for style in STYLES:
             usable = [c for c in found if world.split_of(c["key"], style) == "train"]
-            for _ in range(min(4, len(usable) // 2) if split == "train" else 1):
-                if len(usable) < members:
+            for _ in range(min(8, len(usable)) if split == "train" else 1):
+                if len(usable) < fewest:
                     continue
                 parts = [f"{name.capitalize()} in {STYLES[style]} style: {definition}."]
-                for concept in rng.sample(usable, members):
+                for concept in rng.sample(usable, min(members, len(usable))):
                     parts += [f" {concept['name'].capitalize()}: {concept['definition']}.", f"ref:{style}/{concept['key']}"]
                 rows.append(row("articles", parts, 1, concept=name, style=style, task="article"))
     return rows
@@ -292,7 +292,7 @@ def dialogues(world, split):
 
 # %% ../nbs/01_data.ipynb #199910bf
 def edits(world, split, seed=0):
-    """One picture and a wished style -> the same concept in that style. The target is of `split`, the source always a training picture."""
+    """One picture and a wished style -> the same concept in that style, announced by its caption. The target is of `split`, the source always a training picture."""
     rng, rows = random.Random(seed), []
     for concept in world.concepts:
         for style in STYLES:
@@ -301,7 +301,7 @@ def edits(world, split, seed=0):
                 continue
             source = rng.choice(others)
             rows.append(row("edits", ["User: ", f"ref:{source}/{concept['key']}", f" draw this in {STYLES[style]} style.\nAssistant:",
-                                      f" {concept['name']}:", f"ref:{style}/{concept['key']}"], 3,
+                                      f" {caption(concept['name'], style)}:", f"ref:{style}/{concept['key']}"], 3,
                             task="edit", concept=concept["name"], style=style))
     return rows
 

@@ -26,8 +26,8 @@ from transformers import CLIPModel, LlamaForCausalLM
 import dreamllm_edu.generation  # gives DreamLLM its generate method
 from .data import STYLES, World, articles, caption, dialogues, edits, scene_list, to_document
 from .documents import Document, Dream, picture_to_uri
-from .evaluation import (draw, draw_from_text_encoder, edit, in_batches, load_judge, measure_baselines, measure_comprehension, measure_creation,
-                                     measure_language, measure_tasks, sample_rows, score_layout, wishes)
+from .evaluation import (draw, draw_from_text_encoder, edit, in_batches, load_judge, measure_articles, measure_baselines, measure_comprehension, measure_creation,
+                                     measure_language, measure_naming, measure_tasks, sample_rows, score_layout, wishes)
 from .model import WEIGHTS, DreamLLM, mini, mini_processor, quiet
 from .training import STAGES, train
 
@@ -104,8 +104,9 @@ def full_measure(model, processor, judge, world, n=150, progress=True):
         before = LlamaForCausalLM.from_pretrained(WEIGHTS / "mini" / "language", dtype=torch.float32, local_files_only=True).eval()
     jobs = {"creation": lambda: measure_creation(model, processor, judge, world, n),
             "baselines": lambda: measure_baselines(model, clip, processor, judge, world, n),
-            "comprehension": lambda: measure_comprehension(model, processor, world, n),
+            "comprehension": lambda: {**measure_comprehension(model, processor, world, n), **measure_naming(clip, judge, world, n)},
             "layout": lambda: score_layout(model, processor, world),
+            "articles": lambda: measure_articles(model, processor, world),
             "tasks": lambda: measure_tasks(model, processor, judge, world, n),
             "language": lambda: measure_language(model, before, processor)}
     found, seconds = {}, {}
@@ -113,7 +114,7 @@ def full_measure(model, processor, judge, world, n=150, progress=True):
         began = time.time()
         found[name] = job()
         seconds[name] = round(time.time() - began, 1)
-    return {"creation": {**found["creation"], **found["baselines"]}, "comprehension": found["comprehension"], "layout": found["layout"],
+    return {"creation": {**found["creation"], **found["baselines"]}, "comprehension": found["comprehension"], "layout": found["layout"], "articles": found["articles"],
             **found["tasks"], "language": found["language"]}, seconds
 
 # %% ../nbs/13_demo.ipynb #5b1c1a8e

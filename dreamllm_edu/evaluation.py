@@ -6,11 +6,12 @@
 __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'ResidualBlock', 'Judge', 'judge_data', 'train_judge', 'load_judge', 'judge_pictures',
            'interval', 'score_creation', 'real_pictures', 'wishes', 'nearest_training_pictures', 'draw',
            'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers', 'sample_rows', 'score_layout',
-           'measure_comprehension', 'measure_creation', 'measure_baselines', 'measure_tasks', 'edit', 'in_batches',
-           'measure_language']
+           'layout_figures', 'things_named', 'measure_articles', 'measure_comprehension', 'measure_naming',
+           'measure_creation', 'measure_baselines', 'measure_tasks', 'edit', 'in_batches', 'measure_language']
 
 # %% ../nbs/11_evaluation.ipynb #9a33e8e3
 import json
+import math
 import random
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from .data import (JUDGE_ONLY, SCENE_NAMES, STYLES, World, articles, caption, de
                                read_definitions, scene_list, to_document)
 from .diffusion import decode_latents, sample_latents, to_pictures
 from .documents import Document, Dream, picture_tensor
-from .language import pack, perplexity
+from .language import pack, window_losses
 from .model import checked_tensors, write_folder
 from .tokenization import caption_ids, encode_text
 from .training import fit
-from .vision import jiggle, text_embeds
+from .vision import clip_normalize, jiggle, text_embeds
 
 # %% ../nbs/11_evaluation.ipynb #38e8305a
 class ResidualBlock(nn.Module):
@@ -239,17 +240,53 @@ def sample_rows(rows, n, task=None, seed=0):
 @torch.no_grad()
 def score_layout(model, processor, world, n=40):
     """Does the model say `<dream>` where held-out articles have a picture, and only there? Teacher-forced: at every text position, is
-    `<dream_start>` its first choice?"""
-    layout, hits, said, true = processor.layout, 0, 0, 0
+    `<dream_start>` its first choice? `interval`: of each figure, by drawing whole articles again."""
+    layout, counts = processor.layout, []
     for r in sample_rows(articles(world, "held_out_renderings"), n):
         batch = processor(to_document(r, world))
         choice = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).logits[0, :-1].argmax(-1)
         label = batch["labels"][0, 1:]
         here = (label == layout.id["<dream_start>"])[label != -100]
         mine = (choice == layout.id["<dream_start>"])[label != -100]
-        hits, said, true = hits + int((here & mine).sum()), said + int(mine.sum()), true + int(here.sum())
-    precision, recall = hits / max(1, said), hits / max(1, true)
-    return {"precision": precision, "recall": recall, "f1": 2 * hits / max(1, said + true), "n": true}
+        counts.append([int((here & mine).sum()), int(mine.sum()), int(here.sum())])  # right, said, true
+    again = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
+    found, drawn = layout_figures(np.sum(counts, 0)), layout_figures(np.array(counts)[again].sum(1))
+    low, high = ({k: float(np.quantile(v, q)) for k, v in drawn.items()} for q in (0.025, 0.975))
+    intervals = {k: {"value": float(v), "low": low[k], "high": high[k], "n": len(counts)} for k, v in found.items()}
+    return {**{k: float(v) for k, v in found.items()}, "n": int(np.sum(counts, 0)[2]), "interval": intervals}
+
+
+def layout_figures(counts):
+    """Precision, recall and F1 of counts [..., 3]: right, said, true."""
+    right, said, true = np.moveaxis(counts, -1, 0)
+    return {"precision": right / np.maximum(1, said), "recall": right / np.maximum(1, true), "f1": 2 * right / np.maximum(1, said + true)}
+
+# %% ../nbs/11_evaluation.ipynb #3717e53d
+def things_named(document):
+    """The things that the model has told of in an article, and whether each is followed by a picture: [(name, bool)]."""
+    own, found = document.parts[document.given:], []
+    for part, following in zip(own, [*own[1:], None]):
+        name = part.partition(":")[0].strip().lower() if isinstance(part, str) and ":" in part else ""
+        if name:
+            found.append((name, following is not None and not isinstance(following, str)))
+    return found
+
+
+def measure_articles(model, processor, world, n=40, **options):
+    """Articles written on from their first sentence, about classes that training showed and classes that it did not. Of the things named: share that is
+    `illustrated`, share that `belongs` to the class; of the articles: share in which no thing comes twice (`distinct`). Greedy, at most three pictures."""
+    classes, out = {}, {}
+    for concept in world.concepts:
+        for up in concept.get("hypernyms", []):
+            classes.setdefault(up["name"], set()).add(concept["name"])
+    for key, split in (("seen", "train"), ("held_out", "held_out_renderings")):
+        rows = sample_rows([r for r in articles(world, split) if len(r["parts"]) == 7], n)
+        asked = [Document([r["parts"][0]["text"]], 1) for r in rows]
+        told = [things_named(d) for d in model.generate(asked, processor, max_new_tokens=110, max_pictures=3, **options)]
+        out[key] = {"illustrated": interval([shown for things in told for _, shown in things]),
+                    "belongs": interval([name in classes[r["concept"]] for r, things in zip(rows, told) for name, _ in things]),
+                    "distinct": interval([len({name for name, _ in things}) == len(things) for things in told])}
+    return out
 
 # %% ../nbs/11_evaluation.ipynb #856669c3
 def measure_comprehension(model, processor, world, n=150):
@@ -265,6 +302,26 @@ def measure_comprehension(model, processor, world, n=150):
         said = answers(model, processor, rows, world, max_new_tokens=6)
         out["vqa"][task] = interval([text.strip() == r["answer"].strip() for text, r in zip(said, rows)])
     return out
+
+# %% ../nbs/11_evaluation.ipynb #8c18cc0d
+@torch.no_grad()
+def measure_naming(clip, judge, world, n=150):
+    """What others make of unseen drawings. `baseline_nearest`: name and style of the training picture whose CLIP embedding is nearest, on the
+    held-out renderings whose captions the model is asked for; `ceiling_judge`: the judge on real drawings kept from it."""
+    rows = [r for r in pairs(world, "train") if r["task"] == "caption"]
+    asked = sample_rows(pairs(world, "held_out_renderings"), n, "caption")
+
+    def embed(rows):
+        x = torch.stack([picture_tensor(world.picture(r["parts"][0]["picture"]), 64) for r in rows])
+        return F.normalize(torch.cat([clip.visual_projection(clip.vision_model(pixel_values=clip_normalize(part)).pooler_output) for part in x.split(128)]), dim=-1)
+
+    near = [rows[i] for i in (embed(asked) @ embed(rows).T).argmax(-1).tolist()]
+    same = lambda key: interval([a[key] == b[key] for a, b in zip(asked, near)])
+    pixels, concepts, styles, held = judge_data(world)
+    names, designers = judge(pixels[held].float() / 127.5 - 1)
+    return {"baseline_nearest": {"caption_top1": same("concept"), "style_top1": same("style")},
+            "ceiling_judge": {"concept_top1": interval((names.argmax(-1) == concepts[held]).tolist()),
+                              "style_top1": interval((designers.argmax(-1) == styles[held]).tolist())}}
 
 # %% ../nbs/11_evaluation.ipynb #2e0b0a10
 def measure_creation(model, processor, judge, world, n=150, **options):
@@ -309,7 +366,7 @@ def measure_tasks(model, processor, judge, world, n=150, **options):
 
 def edit(model, processor, asked, **options):
     """One picture for each document that asks for one: the model answers with words and a `<dream>` of its own; where it does not dream, it is told to."""
-    answered = in_batches(lambda part: model.generate(part, processor, max_new_tokens=14, max_pictures=1, **options), asked)
+    answered = in_batches(lambda part: model.generate(part, processor, max_new_tokens=24, max_pictures=1, **options), asked)
     drew = [len(d.pictures) > len(q.pictures) for d, q in zip(answered, asked)]
     urged = [Document(q.parts + [Dream()], q.given) for q, done in zip(asked, drew) if not done]
     told = iter(in_batches(lambda part: model.generate(part, processor, max_new_tokens=0, **options), urged))
@@ -322,7 +379,10 @@ def in_batches(function, items, batch=50):
 
 # %% ../nbs/11_evaluation.ipynb #8fa8dad7
 def measure_language(model, before, processor):
-    """Perplexity on held-out definitions of the language model as pretrained and as DreamLLM left it: does it still know its language?"""
+    """Perplexity on held-out definitions of the language model as pretrained and as DreamLLM left it: does it still know its language? `ratio`:
+    after / before, with its interval; both read the same windows, so what is hard for both does not count as noise."""
     lines = definition_split(read_definitions())[1]
     stream = pack([encode_text(processor.tokenizer, line) for line in lines], 1, 2)
-    return {"perplexity_before": perplexity(before, stream), "perplexity_after": perplexity(model.language_model, stream)}
+    old, new = window_losses(before, stream), window_losses(model.language_model, stream)
+    ratio = {key: value if key == "n" else math.exp(value) for key, value in interval((new - old).tolist()).items()}
+    return {"perplexity_before": old.mean().exp().item(), "perplexity_after": new.mean().exp().item(), "ratio": ratio}

@@ -1,4 +1,5 @@
 """The command line, end to end. A tiny random model, saved with its processor, takes the shipped one's place wherever that is enough."""
+import inspect
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT, full_disk, make_tiny, picture, run_command
 from PIL import Image
 
+import dreamllm_edu.generation
 import dreamllm_edu.pretraining
 import dreamllm_edu.training
 from dreamllm_edu import data
@@ -58,9 +60,20 @@ def test_help_reads_well_and_answers_at_once(tmp_path):
         assert run.returncode == 0 and run.stderr == "" and run.stdout.startswith("usage: dreamllm-edu"), command
         for word in COMMANDS.get(command, COMMANDS):
             assert word in run.stdout, f"{command} --help does not tell of {word}"
-        assert "None)" not in run.stdout or "(default: None)" in run.stdout
+        assert "None" not in run.stdout and "==SUPPRESS==" not in run.stdout
+        assert not command or "example: dreamllm-edu" in run.stdout or "| dreamllm-edu" in run.stdout
         assert time.process_time() - began < 5
     assert not list(tmp_path.iterdir())
+
+
+def test_every_option_says_what_it_does_and_its_default():
+    (commands,) = (a for a in parser()._actions if a.dest == "command")
+    for name, command in commands.choices.items():
+        text = " ".join(command.format_help().split())
+        for action in command._actions:
+            assert action.help and len(action.help) > 5, f"{name} {action.dest}: no help"
+            if type(action.default) in (int, float, str) and action.dest not in ("help",):
+                assert f"(default: {action.default})" in text, f"{name} --help does not tell the default of {action.dest}"
 
 
 def test_help_loads_no_heavy_library():
@@ -78,7 +91,10 @@ def test_wrong_usage(arguments, capsys):
 
 def test_defaults_are_the_documented_ones():
     args = parser().parse_args(["generate", "-"])
-    assert (args.model, args.max_pictures, args.temperature, args.seed) == ("mini", 4, 0.0, 0)
+    assert (args.model, args.seed) == ("mini", 0)
+    own = inspect.signature(dreamllm_edu.generation.generate).parameters
+    for name in ("max_pictures", "temperature", "top_p", "guidance_scale", "num_inference_steps"):
+        assert getattr(args, name) == own[name].default, f"--{name} differs from model.generate"
 
 
 # ---------------------------------------------------------------- generate

@@ -319,7 +319,7 @@ def test_scene_captions_edits_and_subjects(world):
     for row in data.edits(world, "train") + data.edits(world, "held_out_renderings"):
         (source, key), (target, same) = (row["parts"][i]["picture"].split("/") for i in (1, 4))
         assert key == same and source != target and world.split_of(key, source) == "train"
-        assert f"draw this in {STYLES[target]} style" in row["parts"][2]["text"] and row["parts"][3]["text"] == f" {names[key]}:"
+        assert f"draw this in {STYLES[target]} style" in row["parts"][2]["text"] and row["parts"][3]["text"] == f" {names[key]} in {STYLES[target]} style:"
     for row in data.subjects(world, "train")[::20]:
         scene = Scene.from_ref(row["parts"][4]["picture"])
         style, key = row["parts"][1]["picture"].split("/")

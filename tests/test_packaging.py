@@ -215,9 +215,16 @@ def test_the_shipped_metrics_bear_out_the_readme():
     assert creation["held_out_concepts"]["style_top1"]["low"] > 1 / 4
     unseen, told = creation["held_out_renderings"], creation["baseline_text_encoder"]["held_out_renderings"]
     assert unseen["style_top1"]["low"] > told["style_top1"]["value"] and unseen["concept_top1"]["low"] < told["concept_top1"]["value"]
-    assert 0.6 < metrics["editing"]["style_top1"]["value"] < 0.75
-    assert metrics["language"]["perplexity_after"] < 1.05 * metrics["language"]["perplexity_before"]
-    assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["f1"] > 0.95
+    assert 0.4 < unseen["concept_top1"]["value"] < 0.5
+    assert 0.65 < metrics["editing"]["style_top1"]["value"] < 0.75
+    assert metrics["language"]["ratio"]["high"] < 1.05
+    assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["interval"]["precision"]["low"] > 0.95 and metrics["layout"]["recall"] > 0.95
+    written = metrics["articles"]
+    assert min(written[key]["illustrated"]["low"] for key in ("seen", "held_out")) > 0.9 and written["seen"]["belongs"]["low"] > 0.9
+    assert 0.15 < written["held_out"]["belongs"]["value"] < 0.25 and 0.5 < written["held_out"]["distinct"]["value"] < 0.7
+    reading = metrics["comprehension"]
+    assert reading["baseline_nearest"]["caption_top1"]["value"] < 0.08 and 0.4 < reading["ceiling_judge"]["concept_top1"]["value"] < 0.6
+    assert 0.1 < reading["caption_top1"]["held_out_renderings"]["value"] < 0.15
     assert metrics["comprehension"]["vqa"]["style"]["low"] > 0.5 and metrics["comprehension"]["caption_top1"]["held_out_renderings"]["high"] < 0.2
     assert metrics["comprehension"]["caption_top1"]["seen"]["low"] > 0.85 and metrics["comprehension"]["vqa"]["count"]["low"] > 0.95
 
