@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DEMO_STEPS', 'DEMO_MIXTURES', 'STYLE_SHEET', 'sheet', 'figure_uri', 'curves', 'quick_training', 'quick_scores',
            'full_measure', 'written_documents', 'edited_pictures', 'dialogue_documents', 'flat', 'metric_cell',
-           'creation_table', 'model_card', 'save_for_hub', 'cell', 'page', 'galleries', 'peak_mb', 'demo']
+           'creation_table', 'model_card', 'save_for_hub', 'cell', 'page', 'galleries', 'everything_shown', 'peak_mb',
+           'demo']
 
 # %% ../nbs/13_demo.ipynb #e958d72b
 import html
@@ -118,16 +119,16 @@ def full_measure(model, processor, judge, world, n=150, progress=True):
             **found["tasks"], "language": found["language"]}, seconds
 
 # %% ../nbs/13_demo.ipynb #5b1c1a8e
-def written_documents(model, processor, world, n=6, **options):
-    """Articles that the model writes on its own from a held-out article's first sentence: words, `<dream>` decisions, pictures, fed back."""
-    rows = sample_rows(articles(world, "held_out_renderings"), n, seed=3)
+def written_documents(model, processor, world, n=6, split="held_out_renderings", **options):
+    """Articles that the model writes on its own from the first sentence of one of `split`: words, `<dream>` decisions, pictures, fed back."""
+    rows = sample_rows(articles(world, split), n, seed=3)
     prompts = [Document([r["parts"][0]["text"]], 1, r["concept"]) for r in rows]
     return model.generate(prompts, processor, max_new_tokens=110, max_pictures=3, **options)
 
 
-def edited_pictures(model, processor, world, n=8):
-    """(source, wish, result, truth) of held-out edits."""
-    rows = sample_rows(edits(world, "held_out_renderings"), n, seed=4)
+def edited_pictures(model, processor, world, n=8, split="held_out_renderings"):
+    """(source, wish, result, truth) of edits whose truth is of `split`."""
+    rows = sample_rows(edits(world, split), n, seed=4)
     asked = [Document(to_document(r, world).parts[:3], 3) for r in rows]
     return [(d.pictures[0], r["style"], drawn, world.picture(r["parts"][4]["picture"])) for d, drawn, r in zip(asked, edit(model, processor, asked), rows)]
 
@@ -203,7 +204,7 @@ def save_for_hub(folder, model, processor, metrics):
 # %% ../nbs/13_demo.ipynb #d923089f
 STYLE_SHEET = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:14px}
 td,th{border-bottom:1px solid #ddd;padding:4px 10px;text-align:left}small{color:#777}img{image-rendering:auto;max-width:100%}
-.card{border:1px solid #ddd;border-radius:8px;padding:10px 14px;margin:12px 0}.row{display:flex;flex-wrap:wrap;gap:10px}.cell{text-align:center;font-size:13px;width:112px}"""
+.card{border:1px solid #ddd;border-radius:8px;padding:10px 14px;margin:12px 0}.row{display:flex;flex-wrap:wrap;gap:10px}.three{display:inline-flex;margin:6px 60px 6px 0}.cell{text-align:center;font-size:13px;width:112px}"""
 
 
 def cell(picture, text):
@@ -213,16 +214,17 @@ def cell(picture, text):
 def page(metrics, quick, shown):
     """The demo's page: one self-contained HTML file."""
     gallery = "".join(f"<h3>{html.escape(title)}</h3><div class='row'>{''.join(cell(p, t) for p, t in cells)}</div>" for title, cells in shown["galleries"].items())
-    edited = "".join(f'<div class="row">{cell(a, "given")}{cell(b, f"drawn in {STYLES[s]} style")}{cell(t, "the real drawing")}</div>' for a, s, b, t in shown["edits"])
-    articles_html = "".join(f'<div class="card">{d.to_html()}</div>' for d in shown["articles"])
-    talk = "".join(f'<div class="card">{d.to_html()}</div>' for d in shown["dialogues"])
+    triple = lambda a, s, b, t: f'<div class="row three">{cell(a, "given")}{cell(b, f"drawn in {STYLES[s]} style")}{cell(t, "the real drawing")}</div>'
+    edited = "".join(f"<h3>{html.escape(title)}</h3>{''.join(triple(*e) for e in found)}" for title, found in shown["edits"].items())
+    cards = lambda documents: "".join(f'<div class="card">{d.to_html()}</div>' for d in documents)
+    articles_html = "".join(f"<h3>{html.escape(title)}</h3>{cards(found)}" for title, found in shown["articles"].items())
     rest = "".join(f"<tr><td>{name}<td>{metric_cell(value)}" for name, value in flat({k: v for k, v in metrics.items() if k not in ("creation", "quick", "seconds")}))
     learn = sheet(quick["shown"], quick["labels"])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>DreamLLM miniature</title><style>{STYLE_SHEET}</style>
 <h1>The miniature dreams</h1><p>Everything on this page was made on this computer by a model of 18 million parameters. Grey text is the prompt; the rest, pictures included, is the model's own.</p>
-<h2>Illustrated documents</h2><p>The prompt is the first sentence of an article about a class of things that training never showed. The model decides where a picture belongs,
+<h2>Illustrated documents</h2><p>The prompt is the first sentence of an article about a class of things. The model decides where a picture belongs,
 draws it, looks at it and writes on. Training articles were assembled from WordNet and emoji drawings, not written by people.</p>{articles_html}
-<h2>Drawings</h2>{gallery}<h2>Edits of held-out renderings</h2>{edited}<h2>Dialogues</h2>{talk}
+<h2>Drawings</h2>{gallery}<h2>Edits</h2>{edited}<h2>Dialogues</h2>{cards(shown["dialogues"])}
 <h2>Learning, just now</h2><p>Three short stages from the shipped parts; each column is one wish: {html.escape("; ".join(quick["texts"]))}.</p>
 <img src="{picture_to_uri(learn)}" alt="drawings before and after each stage"><br><img src="{figure_uri(curves(quick["histories"], quick["stages"]))}" alt="loss curves">
 <h2>Measured</h2>{creation_table(metrics["creation"])}<p></p><table><tr><th>metric<th>value (95 % interval){rest}</table></html>"""
@@ -235,8 +237,17 @@ def galleries(model, processor, world):
         texts = [caption(*w) for w in wishes(world, split, 16, seed=2)]
         out[title] = list(zip(draw(model, processor, texts), texts))
     scenes = random.Random(2).sample(scene_list(world, "held_out_renderings"), 16)
-    out["Scenes of couples never seen together"] = list(zip(draw(model, processor, [s.caption for s in scenes]), [s.caption for s in scenes]))
+    out["Scenes never seen: other couples, other places"] = list(zip(draw(model, processor, [s.caption for s in scenes]), [s.caption for s in scenes]))
     return out
+
+
+def everything_shown(model, processor, world):
+    """What the page shows of the shipped model: lists and galleries under their titles."""
+    written = {"About classes that training showed": written_documents(model, processor, world, 3, "train"),
+               "About classes that training never showed": written_documents(model, processor, world)}
+    edited = {"Into drawings that training showed": edited_pictures(model, processor, world, 4, "train"),
+              "Into drawings that training never showed": edited_pictures(model, processor, world)}
+    return {"articles": written, "edits": edited, "galleries": galleries(model, processor, world), "dialogues": dialogue_documents(model, processor, world)}
 
 
 def peak_mb():
@@ -261,8 +272,7 @@ def demo(out="_demo", n=150, progress=True):
     with quiet():
         model = mini()
     metrics, parts = timed("measuring", lambda: full_measure(model, processor, judge, world, n, progress))
-    shown = timed("drawing", lambda: {"articles": written_documents(model, processor, world), "galleries": galleries(model, processor, world),
-                                      "edits": edited_pictures(model, processor, world), "dialogues": dialogue_documents(model, processor, world)})
+    shown = timed("drawing", lambda: everything_shown(model, processor, world))
     seconds.update({f"measuring.{name}": value for name, value in parts.items()}, total=round(time.time() - began, 1))
     metrics = {"seconds": seconds, "peak_rss_mb": peak_mb(), **metrics, "quick": {"untrained": quick["untrained"], "trained": quick["trained"], "steps": list(DEMO_STEPS)}}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'ResidualBlock', 'Judge', 'judge_data', 'train_judge', 'load_judge', 'judge_pictures',
            'interval', 'score_creation', 'real_pictures', 'wishes', 'nearest_training_pictures', 'draw',
-           'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers', 'sample_rows', 'score_layout',
-           'layout_figures', 'things_named', 'measure_articles', 'measure_comprehension', 'measure_naming',
-           'measure_creation', 'measure_baselines', 'measure_tasks', 'edit', 'in_batches', 'measure_language']
+           'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers', 'sample_rows', 'in_batches',
+           'score_layout', 'layout_figures', 'things_named', 'measure_articles', 'measure_comprehension',
+           'measure_naming', 'measure_creation', 'measure_baselines', 'measure_tasks', 'edit', 'measure_language']
 
 # %% ../nbs/11_evaluation.ipynb #9a33e8e3
 import json
@@ -236,6 +236,11 @@ def sample_rows(rows, n, task=None, seed=0):
     rows = [r for r in rows if task in (None, r["task"])]
     return random.Random(seed).sample(rows, min(n, len(rows)))
 
+
+def in_batches(function, items, batch=50):
+    """`function` of slices of a list, joined."""
+    return [x for start in range(0, len(items), batch) for x in function(items[start:start + batch])]
+
 # %% ../nbs/11_evaluation.ipynb #741b92dc
 @torch.no_grad()
 def score_layout(model, processor, world, n=40):
@@ -312,13 +317,15 @@ def measure_naming(clip, judge, world, n=150):
     asked = sample_rows(pairs(world, "held_out_renderings"), n, "caption")
 
     def embed(rows):
-        x = torch.stack([picture_tensor(world.picture(r["parts"][0]["picture"]), 64) for r in rows])
-        return F.normalize(torch.cat([clip.visual_projection(clip.vision_model(pixel_values=clip_normalize(part)).pooler_output) for part in x.split(128)]), dim=-1)
+        pictures = [world.picture(r["parts"][0]["picture"]) for r in rows]
+        seen = in_batches(lambda some: [clip.vision_model(pixel_values=clip_normalize(torch.stack([picture_tensor(p, 64) for p in some]))).pooler_output], pictures)
+        return F.normalize(clip.visual_projection(torch.cat(seen)), dim=-1)
 
     near = [rows[i] for i in (embed(asked) @ embed(rows).T).argmax(-1).tolist()]
     same = lambda key: interval([a[key] == b[key] for a, b in zip(asked, near)])
     pixels, concepts, styles, held = judge_data(world)
-    names, designers = judge(pixels[held].float() / 127.5 - 1)
+    found = [judge(x.float() / 127.5 - 1) for x in pixels[held].split(64)]
+    names, designers = (torch.cat([f[i] for f in found]) for i in (0, 1))
     return {"baseline_nearest": {"caption_top1": same("concept"), "style_top1": same("style")},
             "ceiling_judge": {"concept_top1": interval((names.argmax(-1) == concepts[held]).tolist()),
                               "style_top1": interval((designers.argmax(-1) == styles[held]).tolist())}}
@@ -371,11 +378,6 @@ def edit(model, processor, asked, **options):
     urged = [Document(q.parts + [Dream()], q.given) for q, done in zip(asked, drew) if not done]
     told = iter(in_batches(lambda part: model.generate(part, processor, max_new_tokens=0, **options), urged))
     return [(d if done else next(told)).pictures[-1] for d, done in zip(answered, drew)]
-
-
-def in_batches(function, items, batch=50):
-    """`function` of slices of a list, joined."""
-    return [x for start in range(0, len(items), batch) for x in function(items[start:start + batch])]
 
 # %% ../nbs/11_evaluation.ipynb #8fa8dad7
 def measure_language(model, before, processor):
