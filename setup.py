@@ -10,8 +10,8 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf8")
 config = parser["DEFAULT"]
 
-# `data/` stands at the top of the repository and is installed as the package's `_data` folder.
-package_dir = {"dreamllm_edu._data": "data"}
+# `data/` and `recipes/` stand at the top of the repository and are installed as the package's `_data` and `_recipes`.
+package_dir = {"dreamllm_edu._data": "data", "dreamllm_edu._recipes": "recipes"}
 for path in [here / "data", *(p for p in (here / "data").rglob("*") if p.is_dir() and p.name != "__pycache__")]:
     parts = path.relative_to(here / "data").parts
     package_dir[".".join(("dreamllm_edu", "_data") + parts)] = path.relative_to(here).as_posix()
@@ -30,7 +30,7 @@ setup(
     python_requires=f">={config['min_python']}",
     packages=find_packages(include=["dreamllm_edu*"]) + list(package_dir),
     package_dir=package_dir,
-    package_data={"": ["*.json", "*.jsonl", "*.zip", "*.xz", "*.md", "*.txt"], "dreamllm_edu": ["weights/**/*"]},
+    package_data={"": ["*.json", "*.jsonl", "*.zip", "*.xz", "*.md", "*.txt", "*.yaml"], "dreamllm_edu": ["weights/**/*"]},
     include_package_data=False,
     install_requires=shlex.split(config["requirements"]),
     extras_require={"dev": shlex.split(config["dev_requirements"]), "official": shlex.split(config["official_requirements"]),

@@ -65,7 +65,7 @@ def add_using(command):
     p.add_argument("document", help="a Markdown or JSONL file, or - for standard input; in Markdown <dream> is a wish and ![](file.png) a picture")
     p.add_argument("--model", default="mini", metavar="FOLDER", help="mini, or a folder written by save_pretrained (of the model, and of its processor if it has its own)")
     p.add_argument("--out", type=Path, default=Path("document.html"), metavar="FILE", help="its ending, .html, .md or .jsonl, says how it is written")
-    p.add_argument("--max-new-tokens", type=int, default=110, metavar="N", help="tokens of text to write; 0: only draw what is wished")
+    p.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="tokens of text to write; 0: only draw what is wished")
     p.add_argument("--max-pictures", type=int, default=4, metavar="N", help="pictures that the model may decide to draw")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token; above: drawn by chance, the wilder the higher")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw only from the likeliest tokens that sum to this probability")
@@ -146,6 +146,7 @@ def run_train(args):
     model = mini(trained=False, parts=args.parts)
     if args.init:
         load_trained(model, args.init)
+    args.out.mkdir(parents=True, exist_ok=True)  # before the minutes of training, not after
     def keep(stage, model, history):
         save_trained(model, args.out / f"{stage.name}.safetensors")
     train(model, mini_processor(args.parts), STAGES[args.scale], folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=12)
@@ -191,12 +192,12 @@ def run_evaluate(args):
     from dreamllm_edu.data import World
     from dreamllm_edu.demo import full_measure
     from dreamllm_edu.evaluation import load_judge
-    from dreamllm_edu.model import WEIGHTS, load_trained, mini, mini_processor
+    from dreamllm_edu.model import WEIGHTS, load_trained, mini, mini_processor, parts_folder
 
     args.out.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring, not after
     if args.parts:
         from dreamllm_edu.pretraining import measure_parts
-        found = measure_parts(WEIGHTS / "mini" if str(args.parts) == "shipped" else args.parts)
+        found = measure_parts(parts_folder(None if str(args.parts) == "shipped" else args.parts))
         args.out.write_text(json.dumps(found, indent=1))
         return print(f"metrics of the parts: {args.out}")
     model = load_trained(mini(trained=False), args.trained) if args.trained else mini()
@@ -214,8 +215,8 @@ def run_demo(args):
 def main(argv=None):
     """Entry point of `dreamllm-edu`: 0 when done, 1 for an error the user can mend, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
-    import dreamllm_edu.generation  # gives DreamLLM its generate method
     try:
+        import dreamllm_edu.generation  # gives DreamLLM its generate method; takes seconds, in which Ctrl-C may come
         {"demo": run_demo, "pretrain": run_pretrain, "train": run_train, "plan": run_plan, "generate": run_generate, "evaluate": run_evaluate}[args.command](args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"dreamllm-edu: {' '.join(str(error).split())}", file=sys.stderr)  # one line, also where a library's message has several

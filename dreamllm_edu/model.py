@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'DreamLLMConfig', 'DreamLLMOutput', 'DreamLLM', 'encode_images', 'encode_latents', 'blocks_by_row', 'embed',
            'null_condition', 'image_loss_of', 'added_conditions', 'draws', 'forward', 'quiet', 'plain_config',
-           'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained', 'mini', 'write_folder',
-           'save_pretrained', 'from_pretrained', 'mini_processor']
+           'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained', 'parts_folder', 'mini',
+           'write_folder', 'save_pretrained', 'from_pretrained', 'mini_processor']
 
 # %% ../nbs/08_model.ipynb #4116f0fb
 import functools
@@ -380,6 +380,7 @@ def save_trained(model, path):
     aside = path.with_suffix(".part")
     try:
         save_file({k: v.half().contiguous() for k, v in trained_tensors(model).items()}, aside)
+        aside.chmod(0o644)  # the library writes it for its owner alone
         aside.replace(path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not save {path} ({error}); free some space, what was there is untouched") from error
@@ -387,9 +388,19 @@ def save_trained(model, path):
         aside.unlink(missing_ok=True)
 
 # %% ../nbs/08_model.ipynb #3259aa93
+def parts_folder(parts=None):
+    """The folder of pretrained parts, the shipped one by default; `ValueError` if a part is missing."""
+    folder = Path(parts or WEIGHTS / "mini")
+    needed = ("tokenizer/tokenizer.json", "language/config.json", "clip/config.json", "vae/config.json", "unet/config.json", "scheduler/scheduler_config.json")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: no pretrained parts there, {missing[0]} is missing; make them with dreamllm-edu pretrain all --out {folder}")
+    return folder
+
+
 def mini(trained=True, parts=None, **options):
     """The miniature from the shipped parts; `trained=False` leaves queries and projectors fresh, as before stage I."""
-    parts = Path(parts or WEIGHTS / "mini")
+    parts = parts_folder(parts)
     with quiet(), torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(0)
         model = assemble(parts / "language", parts / "clip", parts, **options)
@@ -449,7 +460,7 @@ AutoProcessor.register(DreamLLMConfig, DreamLLMProcessor)
 # %% ../nbs/08_model.ipynb #9d7becd5
 def mini_processor(parts=None, num_queries=8, max_length=512):
     """The processor of the miniature: its tokenizer, and CLIP's picture processor at 64 pixels."""
-    folder = Path(parts or WEIGHTS / "mini")
+    folder = parts_folder(parts)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     return DreamLLMProcessor(images, tokenizer, num_queries=num_queries, max_length=max_length)

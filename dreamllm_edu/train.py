@@ -1067,10 +1067,10 @@ def parser():
 
 
 def find_recipe(args):
-    """--recipe, or recipes/SCALE.yaml here or beside the package."""
+    """--recipe, or recipes/SCALE.yaml here, or the one that came with the package."""
     from dreamllm_edu.data import HERE
 
-    places = [args.recipe] if args.recipe else [Path("recipes"), HERE.parent / "recipes"]
+    places = [args.recipe] if args.recipe else [Path("recipes"), HERE / "_recipes", HERE.parent / "recipes"]
     found = [p if args.recipe else p / f"{args.scale}.yaml" for p in places]
     return next((p for p in found if p.exists()), found[0])
 

@@ -183,12 +183,12 @@ ALIGN = ("visual_projector", "dream_queries", "condition_projector", "pooled_pro
 STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the miniature are ours
     "mini": (
         Stage("1-alignment", ALIGN, {"pairs/draw": 0.5, "pairs/caption": 0.3, "scenes": 0.2}, 4e-3, 200, 64, read_last=False, timestep_exponent=0.5),
-        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.55, "pairs/caption": 0.08, "articles": 0.08, "scenes": 0.12, "definitions": 0.17},
-              1.2e-3, 7100, 128, ema_decay=0.998, read_last=False, timestep_exponent=0.5),
-        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.167, "pairs/caption": 0.112, "articles": 0.099, "scenes": 0.044, "dialogues/show": 0.051,
-                                                             "dialogues/what": 0.079, "dialogues/style": 0.068, "dialogues/count": 0.016, "dialogues/relation": 0.066,
-                                                             "edits": 0.126, "subjects": 0.018, "definitions": 0.154},
-              7e-4, 8900, 128, ema_decay=0.997, timestep_exponent=0.5),
+        Stage("2-interleaved", ALIGN + ("language_model",), {"pairs/draw": 0.54, "pairs/caption": 0.1, "articles": 0.1, "scenes": 0.1, "definitions": 0.16},
+              1.5e-3, 2500, 128, ema_decay=0.998, read_last=False, timestep_exponent=0.5),
+        Stage("3-instruction", ALIGN + ("language_model",), {"pairs/draw": 0.2, "pairs/caption": 0.1, "articles": 0.1, "scenes": 0.045, "dialogues/show": 0.05,
+                                                             "dialogues/what": 0.07, "dialogues/style": 0.075, "dialogues/count": 0.015, "dialogues/relation": 0.06,
+                                                             "edits": 0.13, "subjects": 0.02, "definitions": 0.135},
+              1e-3, 3300, 128, ema_decay=0.997, timestep_exponent=0.5),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),
@@ -333,7 +333,10 @@ def train(model, processor, stages, world=None, folder=None, steps=None, seed=0,
     `steps`: overrides for each stage's number of steps; `after_stage(stage, model, history)` is called between stages. Returns the histories."""
     world = world or World()
     mixture = Mixture(processor, world, sorted({kind for stage in stages for kind in stage.mixture}))
-    cache = FeatureCache(model, processor, world, mixture.refs(), progress=progress, views=views)
+    try:
+        cache = FeatureCache(model, processor, world, mixture.refs(), progress=progress, views=views)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped before the first step: what the frozen parts compute first is not kept; run the same command again") from None
     histories = []
     for i, stage in enumerate(stages):
         histories.append(run_stage(model, stage, mixture, cache, folder, steps and steps[i], seed + i, progress))

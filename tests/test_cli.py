@@ -93,7 +93,7 @@ def test_defaults_are_the_documented_ones():
     args = parser().parse_args(["generate", "-"])
     assert (args.model, args.seed) == ("mini", 0)
     own = inspect.signature(dreamllm_edu.generation.generate).parameters
-    for name in ("max_pictures", "temperature", "top_p", "guidance_scale", "num_inference_steps"):
+    for name in ("max_new_tokens", "max_pictures", "temperature", "top_p", "guidance_scale", "num_inference_steps"):
         assert getattr(args, name) == own[name].default, f"--{name} differs from model.generate"
 
 
@@ -312,3 +312,33 @@ def test_plan_says_what_fits_and_what_does_not(capsys):
     line = ["plan", "--scale", "mini", "--gpus", "1", "--stage", "2", "--micro-batch", "2"]
     assert main(line) == 0 and "in all, each GPU" in capsys.readouterr().out
     assert main([*line, "--gpu-memory", "0.1"]) == 1 and "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_folder_without_parts_is_named(command, tmp_path, capsys):
+    assert main([command, "--parts", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "nowhere: no pretrained parts there" in said and "dreamllm-edu pretrain all" in said and "Repo id" not in said
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_kept(processor, world, monkeypatch):
+    from dreamllm_edu import training
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(training, "FeatureCache", stopped)
+    stage = training.Stage("1-alignment", training.ALIGN, {"scenes": 1.0}, 1e-3, 1, 4)
+    with pytest.raises(KeyboardInterrupt, match="not kept; run the same command again"):
+        training.train(None, processor, [stage], world)
+
+
+def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "dreamllm_edu.generation")
+
+    class Stop:
+        def find_spec(self, name, path=None, target=None):
+            if name == "dreamllm_edu.generation":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
+    assert main(["plan"]) == 130 and "stopped" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("dreamllm_edu", "data"):
+    for name in ("dreamllm_edu", "data", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "dist"], cwd=folder, check=True, capture_output=True, timeout=200)
     (path,) = (folder / "dist").glob("*.whl")
@@ -145,6 +145,7 @@ def test_the_wheel_is_whole(wheel):
         entries = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     need = {f"dreamllm_edu/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     need |= {f"dreamllm_edu/_data/{path.relative_to(ROOT / 'data')}" for path in (ROOT / "data").rglob("*") if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts}
+    need |= {f"dreamllm_edu/_recipes/{scale}.yaml" for scale in ("mini", "small", "paper")}
     assert need <= names, sorted(need - names)[:5]
     assert not [n for n in names if n.endswith((".ipynb", ".pyc", ".bin", ".pt")) or n.startswith(("tests/", "nbs/", ".runs"))]
     wants = {re.match(r"Requires-Dist: ([\w-]+)", line)[1].lower() for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
@@ -157,7 +158,8 @@ def test_the_wheel_works_from_anywhere(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     code = ("import dreamllm_edu, pathlib; from dreamllm_edu.data import World, read_definitions, load; w = World(); "
             "assert pathlib.Path(dreamllm_edu.__file__).is_relative_to(r'%s') and w.folder.name == '_data', (dreamllm_edu.__file__, w.folder); "
-            "assert w.picture('noto/' + w.by_name['cat']['key']).size == (64, 64) and len(read_definitions()) > 117000; print('fine')") % (tmp_path / "site")
+            "assert w.picture('noto/' + w.by_name['cat']['key']).size == (64, 64) and len(read_definitions()) > 117000; "
+            "from dreamllm_edu.train import find_recipe, parser; assert find_recipe(parser().parse_args(['--scale', 'mini'])).is_file(); print('fine')") % (tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=200,
                          env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"})
