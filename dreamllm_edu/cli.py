@@ -153,9 +153,10 @@ def run_train(args):
     save_trained(model, args.out / "trained.safetensors")
     print(f"trained weights: {args.out / 'trained.safetensors'}")
 
-
+# %% ../nbs/14_cli.ipynb #bdff81cb
 def run_generate(args):
-    from dreamllm_edu.model import DreamLLM, mini_processor
+    from dreamllm_edu.generation import DreamLLM
+    from dreamllm_edu.model import mini_processor
     from dreamllm_edu.tokenization import DreamLLMProcessor
 
     if args.out.suffix not in (".html", ".md", ".jsonl"):
@@ -175,7 +176,7 @@ def run_generate(args):
     write_documents(documents, args.out)
     print(f"\nwritten: {args.out}")
 
-
+# %% ../nbs/14_cli.ipynb #15be1d45
 def run_plan(args):
     from dreamllm_edu.planner import plan
 
@@ -187,7 +188,7 @@ def run_plan(args):
     if not found.fits:
         raise ValueError(f"this does not fit {args.gpus} x {args.gpu_memory:g} GB: more GPUs, --checkpointing, or a smaller --micro-batch")
 
-
+# %% ../nbs/14_cli.ipynb #fc5ab265
 def run_evaluate(args):
     from dreamllm_edu.data import World
     from dreamllm_edu.demo import full_measure
@@ -211,12 +212,11 @@ def run_demo(args):
 
     demo(args.out, args.n)
 
-
+# %% ../nbs/14_cli.ipynb #0a0a14f5
 def main(argv=None):
     """Entry point of `dreamllm-edu`: 0 when done, 1 for an error the user can mend, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     try:
-        import dreamllm_edu.generation  # gives DreamLLM its generate method; takes seconds, in which Ctrl-C may come
         {"demo": run_demo, "pretrain": run_pretrain, "train": run_train, "plan": run_plan, "generate": run_generate, "evaluate": run_evaluate}[args.command](args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"dreamllm-edu: {' '.join(str(error).split())}", file=sys.stderr)  # one line, also where a library's message has several

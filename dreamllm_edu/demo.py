@@ -47,7 +47,7 @@ def sheet(rows, labels=None, size=64, gap=4):
             canvas.paste(picture.resize((size, size)), (gap + x * (size + gap), top + head))
     return canvas
 
-
+# %% ../nbs/13_demo.ipynb #ccae1333
 def figure_uri(figure):
     """A matplotlib figure as a `data:` URI."""
     buffer = io.BytesIO()
@@ -193,7 +193,7 @@ def bars(creation, key="concept_top1"):
         off = [[f["value"] - f["low"] for f in found], [f["high"] - f["value"] for f in found]]
         axis.bar([x + 0.2 * i for x in range(len(found))], [f["value"] for f in found], 0.18, yerr=off, label=name, error_kw={"lw": 0.8})
     axis.set(ylim=(0, 1.05), ylabel=key.replace("_", " "), xticks=[x + 0.3 for x in range(len(SPLITS))], xticklabels=[split.replace("_", " ") for split, _ in SPLITS])
-    axis.legend(fontsize=7, loc="upper right")
+    axis.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return figure
 
 # %% ../nbs/13_demo.ipynb #eabfb6e6
@@ -295,7 +295,7 @@ def everything_shown(model, processor, world, progress=True):
             "galleries": lambda: galleries(model, processor, world), "dialogues": lambda: dialogue_documents(model, processor, world)}
     return {name: job() for name, job in tqdm(jobs.items(), desc="drawing", disable=not progress)}
 
-
+# %% ../nbs/13_demo.ipynb #0249efe8
 def peak_mb():
     """Peak resident memory of this process in MB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

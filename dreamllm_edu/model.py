@@ -418,6 +418,8 @@ def write_folder(folder, save):
             raise OSError(f"could not save to {folder} ({error}); free some space, what was there is untouched") from error
         folder.mkdir(exist_ok=True)
         for path in Path(aside).iterdir():
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes for its owner alone
             shutil.move(path, folder / path.name)
 
 

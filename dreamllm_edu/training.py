@@ -261,7 +261,7 @@ def cut_last_picture(row, block):
         return row
     return replace(row, input_ids=row.input_ids[:-block - 1], labels=row.labels[:-block - 1], images=row.images[:-1])
 
-
+# %% ../nbs/10_training.ipynb #3731040b
 class Mixture:
     """Encoded training documents of several kinds (`pairs`) or kinds and tasks (`pairs/draw`). A batch holds documents of one kind, so little of it
     is padding."""

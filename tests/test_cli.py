@@ -332,7 +332,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_kept(processor, world
         training.train(None, processor, [stage], world)
 
 
-def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys):
+def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys, tmp_path):
     monkeypatch.delitem(sys.modules, "dreamllm_edu.generation")
 
     class Stop:
@@ -341,4 +341,5 @@ def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
-    assert main(["plan"]) == 130 and "stopped" in capsys.readouterr().err
+    (tmp_path / "a.md").write_text("cat:")
+    assert main(["generate", str(tmp_path / "a.md"), "--out", str(tmp_path / "o.md")]) == 130 and "stopped" in capsys.readouterr().err

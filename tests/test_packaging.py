@@ -231,6 +231,17 @@ def test_the_shipped_metrics_bear_out_the_readme():
     assert metrics["comprehension"]["caption_top1"]["seen"]["low"] > 0.85 and metrics["comprehension"]["vqa"]["count"]["low"] > 0.95
 
 
+def test_the_one_run_of_the_readme_is_that_of_the_table():
+    """README says: one run of `train` learns to arrange, to count and where pictures belong, and draws worse than the shipped weights."""
+    from dreamllm_edu.training import STAGES
+    once, shipped = (json.loads((WEIGHTS / name).read_text()) for name in ("one_run.json", "metrics.json"))
+    assert once["training"]["steps"] == {stage.name: stage.steps for stage in STAGES["mini"]}
+    assert 1.5 < sum(once["training"]["seconds"].values()) / 3600 < 2.5
+    assert once["scenes"]["relation"]["low"] > 0.8 and once["comprehension"]["vqa"]["count"]["low"] > 0.9 and once["layout"]["interval"]["f1"]["low"] > 0.9
+    assert once["creation"]["seen"]["concept_top1"]["high"] < shipped["creation"]["seen"]["concept_top1"]["value"]
+    assert once["comprehension"]["vqa"]["relation"]["high"] < shipped["comprehension"]["vqa"]["relation"]["low"]
+
+
 def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(shipped, world):
     """A wide margin, not a benchmark: drawings of seen wishes are nearer to their own real drawing than to the others'."""
     model, processor = shipped
@@ -267,3 +278,32 @@ def test_the_shipped_judge_knows_real_drawings(world):
 
 def test_the_shipped_judge_knows_styles(world):
     assert judged_noto(world)[1] > 0.8
+
+
+# ---------------------------------------------------------------- the README
+
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(tmp_path):
+    """Pasted line by line into one file, in an empty folder. The blocks that need the published checkpoint on disk are left out."""
+    code = "\n".join(block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "dreamllm-7b" not in block)
+    assert code.count("model.generate(") == 2
+    (tmp_path / "pasted.py").write_text(code + "\nprint(owl.pictures[0].size)\n", encoding="utf8")
+    run = subprocess.run([sys.executable, "pasted.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0 and "(64, 64)" in run.stdout, run.stderr[-2000:]
+
+
+def test_the_prompt_of_the_readme_is_drawn(tmp_path):
+    lines = [line.strip() for line in README.splitlines() if line.startswith("    printf ") or line.startswith("    dreamllm-edu generate ")]
+    assert len(lines) == 2
+    run = subprocess.run(["sh", "-ec", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert run.returncode == 0 and (tmp_path / "answer.html").read_text(encoding="utf8").count("<img") == 2, run.stderr[-2000:]
+
+
+def test_solutions_are_folded():
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        cells = [c for c in json.loads(path.read_text(encoding="utf8"))["cells"] if c["cell_type"] == "code" and 'code-summary: "Solution"' in "".join(c["source"])]
+        assert all(c["metadata"].get("jupyter", {}).get("source_hidden") for c in cells), path.name
+        assert path.stem == "index" or len(cells) >= 2, f"{path.name}: {len(cells)} exercises with a solution"
