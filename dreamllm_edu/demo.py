@@ -74,7 +74,7 @@ def curves(histories, names):
     return figure
 
 # %% ../nbs/13_demo.ipynb #bcb447de
-DEMO_STEPS = (100, 250, 200)
+DEMO_STEPS = (60, 120, 110)
 DEMO_MIXTURES = ({"pairs/draw": 0.7, "pairs/caption": 0.3}, {"pairs/draw": 0.75, "pairs/caption": 0.1, "articles": 0.15},
                  {"pairs/draw": 0.35, "articles": 0.1, "scenes": 0.05, "edits": 0.05, "subjects": 0.05, "dialogues/style": 0.15, "dialogues/count": 0.1, "dialogues/relation": 0.15})
 
