@@ -38,7 +38,7 @@ def add_training(command):
     p.add_argument("--scale", choices=["mini"], default="mini", help="small and paper train with python -m dreamllm_edu.train")
     p.add_argument("--parts", type=Path, metavar="FOLDER", help="the pretrained parts (default: the shipped ones)")
     p.add_argument("--out", type=Path, default=Path(".runs/mini"), metavar="FOLDER", help="where the resumable state and trained.safetensors go")
-    p.add_argument("--steps", type=count, nargs=3, metavar=("I", "II", "III"), help="steps of each stage instead of the table's in notebook 10")
+    p.add_argument("--steps", type=count, nargs="+", metavar="N", help="steps of each stage instead of the table's in notebook 10; fewer numbers, fewer stages")
     p.add_argument("--init", type=Path, metavar="FILE", help="a trained.safetensors from which training goes on, with fresh learning rates")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights")
 
@@ -46,7 +46,7 @@ def add_training(command):
 def add_plan(command):
     p = command("plan", "what a training at full scale needs: memory by item, what fits, hours", "dreamllm-edu plan --gpus 8 --gpu-memory 80")
     p.add_argument("--scale", choices=["mini", "small", "paper"], default="paper", help="the models' sizes")
-    p.add_argument("--stage", type=int, choices=[1, 2, 3], help="one stage only")
+    p.add_argument("--stage", type=int, choices=[1, 2, 3, 4], help="one stage only (the paper has three, the miniature goes twice through the third)")
     p.add_argument("--gpus", type=count, default=8, metavar="N", help="how many")
     p.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of one GPU")
     p.add_argument("--micro-batch", type=count, metavar="N", help="documents a GPU computes at once (default: the largest that fits)")
@@ -143,15 +143,20 @@ def run_train(args):
     from dreamllm_edu.model import load_trained, mini, mini_processor, save_trained
     from dreamllm_edu.training import STAGES, train
 
+    stages = STAGES[args.scale][:args.steps and len(args.steps)]
+    if args.steps and len(args.steps) > len(stages):
+        raise ValueError(f"--steps: {len(args.steps)} numbers for {len(stages)} stages ({', '.join(stage.name for stage in stages)})")
     model = mini(trained=False, parts=args.parts)
     if args.init:
         load_trained(model, args.init)
     args.out.mkdir(parents=True, exist_ok=True)  # before the minutes of training, not after
     def keep(stage, model, history):
         save_trained(model, args.out / f"{stage.name}.safetensors")
-    train(model, mini_processor(args.parts), STAGES[args.scale], folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=12)
+    histories = train(model, mini_processor(args.parts), stages, folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=12)
     save_trained(model, args.out / "trained.safetensors")
-    print(f"trained weights: {args.out / 'trained.safetensors'}")
+    made = {stage.name: {"steps": len(history), "seconds": history[-1]["seconds"]} for stage, history in zip(stages, histories)}
+    (args.out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+    print(f"trained weights: {args.out / 'trained.safetensors'}, after {sum(m['steps'] for m in made.values()):,} steps, {sum(m['seconds'] for m in made.values()) / 3600:.1f} hours")
 
 # %% ../nbs/14_cli.ipynb #bdff81cb
 def run_generate(args):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, LlamaForCausalLM
 
 import dreamllm_edu.generation  # gives DreamLLM its generate method
-from .data import HELD_OUT_STYLE, STYLES, World, articles, caption, data_folder, dialogues, edits, scene_list, to_document
+from .data import STYLES, World, articles, caption, data_folder, dialogues, edits, scene_list, to_document
 from .documents import Document, Dream, picture_to_uri
 from .evaluation import (SPLITS, draw, draw_from_text_encoder, edit, in_batches, load_judge, measure_articles, measure_baselines, measure_comprehension, measure_creation,
                                      measure_language, measure_naming, measure_tasks, real_pictures, sample_rows, score_layout, wishes)
@@ -168,7 +168,7 @@ def creation_table(creation):
     splits = {"seen": "seen", "held_out_renderings": "held-out renderings", "held_out_concepts": "held-out concepts"}
     systems = {"DreamLLM miniature": creation, "its U-Net prompted by CLIP text": creation["baseline_text_encoder"],
                "nearest training picture": creation["baseline_nearest"], "exchanged prompts": creation["baseline_shuffled"],
-               "the right picture, through the VAE (ceiling)": creation["ceiling_vae"], "real drawings new to the judge (ceiling)": creation["ceiling_real"]}
+               "the right picture, through the VAE (ceiling)": creation["ceiling_vae"], "unknown designers' real drawings (how far the judge carries)": creation["ceiling_real"]}
     rows = [(name, label, system[key]) for key, label in splits.items() for name, system in systems.items()]
     body = "".join(f"<tr><td>{label}<td>{name}" + "".join(f"<td>{metric_cell(m[k])}" for k in ("concept_top1", "concept_top5", "style_top1")) for name, label, m in rows)
     return f"<table><tr><th>prompts<th>system<th>concept top-1<th>concept top-5<th>style top-1{body}</table>"
@@ -244,11 +244,11 @@ def credits():
     """Who drew what the model learned from and what the page shows as given or real, from the data's own list."""
     rows = [line.strip("| ").split(" | ") for line in (data_folder() / "ATTRIBUTION.md").read_text(encoding="utf8").splitlines() if line.startswith("| `pictures/")]
     drawn = "; ".join(f'{html.escape(row[2])} ({html.escape(row[3].strip("*"))}, <a href="{row[-1]}">{row[-1].removeprefix("https://")}</a>)'
-                      for row in rows if row[0].split("/")[1].removesuffix(".zip`") in (*STYLES, HELD_OUT_STYLE))
+                      for row in rows if row[0].split("/")[1].removesuffix(".zip`") in STYLES)
     return f"""<h2>Whose drawings</h2><p>The model learned from drawings by these designers. Pictures marked "given" or "the real drawing", and those in grey questions, are
 theirs, laid on white, resized to 64x64, reduced to 128 colours and, in scenes, composed: {drawn}. Licences: <a href="https://creativecommons.org/licenses/by/4.0/">CC BY 4.0</a>,
 <a href="https://creativecommons.org/licenses/by-sa/4.0/">CC BY-SA 4.0</a> (OpenMoji, and scenes made of it), <a href="https://www.apache.org/licenses/LICENSE-2.0">Apache-2.0</a>, MIT.
-Definitions: WordNet 3.1, Princeton University. None of them has endorsed this page; all of it stands in <code>data/ATTRIBUTION.md</code>.</p>"""
+The judge also learned from EmojiTwo's drawings, and is tested on Noto v1's and FxEmoji's. Definitions: WordNet 3.1, Princeton University. None of them has endorsed this page; all of it stands in <code>data/ATTRIBUTION.md</code>.</p>"""
 
 # %% ../nbs/13_demo.ipynb #1446476a
 def page(metrics, quick, shown):
@@ -269,7 +269,7 @@ draws it, looks at it and writes on. Training articles were assembled from WordN
 <h2>Learning, just now</h2><p>Three short stages from the shipped parts; each column is one wish: {html.escape("; ".join(quick["texts"]))}.</p>
 <img src="{picture_to_uri(learn)}" alt="drawings before and after each stage"><br><img src="{figure_uri(curves(quick["histories"], quick["stages"]))}" alt="loss curves">
 <p>Each stage reads other documents (captions; then articles; then questions, edits and scenes), so the loss of words jumps where one ends and the next begins.
-These few minutes stand beside the shipped model, which made many more steps. On {quick["n"]} wishes or questions a row, of the shipped model on more:</p>
+These few minutes stand beside the shipped model, which made many more steps. How many wishes or questions a value rests on stands beside it.</p>
 {learning_table(quick, metrics)}
 <h2>Measured</h2><img src="{figure_uri(bars(metrics["creation"]))}" alt="concept top-1 of the model, its baseline, its ceiling and its control">
 {creation_table(metrics["creation"])}<p></p><table><tr><th>metric<th>value (95 % interval){rest}</table>{credits()}</html>"""

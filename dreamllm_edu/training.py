@@ -133,7 +133,7 @@ def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=1
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     runner = torch.compile(model) if compile else model  # shares the weights; worth a minute's wait only in long runs, needs a C++ compiler
-    began = time.time()
+    began = time.time() - (history[-1].get("seconds", 0) if history else 0)  # an interrupted run counts on
     bar = tqdm(range(len(history), steps), initial=len(history), total=steps, desc=description, disable=not progress, mininterval=1)
     try:
         for step in bar:
@@ -189,6 +189,10 @@ STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the min
                                                              "dialogues/what": 0.07, "dialogues/style": 0.075, "dialogues/count": 0.015, "dialogues/relation": 0.06,
                                                              "edits": 0.13, "subjects": 0.02, "definitions": 0.135},
               1e-3, 3300, 128, ema_decay=0.997, timestep_exponent=0.5),
+        Stage("3-instruction-again", ALIGN + ("language_model",), {"pairs/draw": 0.24, "pairs/caption": 0.09, "articles": 0.08, "scenes": 0.045, "dialogues/show": 0.05,
+                                                                   "dialogues/what": 0.05, "dialogues/style": 0.08, "dialogues/count": 0.015, "dialogues/relation": 0.08,
+                                                                   "edits": 0.13, "subjects": 0.01, "definitions": 0.13},
+              1e-3, 4600, 128, ema_decay=0.998, timestep_exponent=0.5),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),
@@ -336,7 +340,7 @@ def train(model, processor, stages, world=None, folder=None, steps=None, seed=0,
     try:
         cache = FeatureCache(model, processor, world, mixture.refs(), progress=progress, views=views)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped before the first step: what the frozen parts compute first is not kept; run the same command again") from None
+        raise KeyboardInterrupt("stopped while the frozen parts compute their features, which are not kept; run the same command again, it goes on from the last saved step") from None
     histories = []
     for i, stage in enumerate(stages):
         histories.append(run_stage(model, stage, mixture, cache, folder, steps and steps[i], seed + i, progress))

@@ -81,7 +81,7 @@ def test_help_loads_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [[], ["dream"], ["generate"], ["pretrain", "everything"], ["train", "--scale", "huge"], ["train", "--steps", "1", "2"], ["train", "--steps", "1", "-2", "3"],
+@pytest.mark.parametrize("arguments", [[], ["dream"], ["generate"], ["pretrain", "everything"], ["train", "--scale", "huge"], ["train", "--steps"], ["train", "--steps", "1", "-2", "3"],
                                        ["pretrain", "vae", "--steps", "0"], ["pretrain", "vae", "--steps", "x"], ["generate", "a.md", "--seed", "x"]], ids=" ".join)
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -259,7 +259,7 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
 
 
 def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
-    """All three stages on a small corner of the world, from parts of its own; then the same command again, which finds everything done."""
+    """All stages on a small corner of the world, from parts of its own; then the same command again, which finds everything done."""
     parts_folder(make_tiny(4), tmp_path / "parts")
     processor.tokenizer.save_pretrained(tmp_path / "parts" / "tokenizer")
     names = {"cat", "dog", "rose", "bus", "key"}
@@ -267,7 +267,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
     scenes = data.scene_list(world, "train")[::40]
     monkeypatch.setattr(data, "scene_list", lambda world, split, seed=0: scenes)
-    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", "2", "1", "1", "--seed", "4"]
+    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", "2", "1", "1", "1", "--seed", "4"]
     small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.STAGES["mini"]]
     monkeypatch.setitem(dreamllm_edu.training.STAGES, "mini", tuple(small))
     assert main(arguments) == 0
@@ -278,8 +278,15 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     load_trained(fresh, out / "trained.safetensors")
     assert not torch.equal(before, fresh.dream_queries.weight) and torch.isfinite(fresh.dream_queries.weight).all()
     first = (out / "trained.safetensors").read_bytes()
-    assert main(arguments) == 0 and (out / "trained.safetensors").read_bytes() == first
+    made = json.loads((out / "training.json").read_text())
+    assert [made[s.name]["steps"] for s in small] == [2, 1, 1, 1] and all(m["seconds"] > 0 for m in made.values())
+    assert main(arguments) == 0 and (out / "trained.safetensors").read_bytes() == first and json.loads((out / "training.json").read_text()) == made
     assert str(out / "trained.safetensors") in capsys.readouterr().out
+
+
+def test_more_steps_than_stages_are_refused(tmp_path, capsys):
+    refused(["train", "--steps", *"12345", "--out", tmp_path / "out"], capsys, "5 numbers for 4 stages")
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_without_parts(tmp_path, capsys):
@@ -321,14 +328,14 @@ def test_a_folder_without_parts_is_named(command, tmp_path, capsys):
     assert "nowhere: no pretrained parts there" in said and "dreamllm-edu pretrain all" in said and "Repo id" not in said
 
 
-def test_ctrl_c_before_the_first_step_says_that_nothing_is_kept(processor, world, monkeypatch):
+def test_ctrl_c_while_features_are_computed_says_what_is_kept(processor, world, monkeypatch):
     from dreamllm_edu import training
 
     def stopped(*arguments, **options):
         raise KeyboardInterrupt
     monkeypatch.setattr(training, "FeatureCache", stopped)
     stage = training.Stage("1-alignment", training.ALIGN, {"scenes": 1.0}, 1e-3, 1, 4)
-    with pytest.raises(KeyboardInterrupt, match="not kept; run the same command again"):
+    with pytest.raises(KeyboardInterrupt, match="features, which are not kept; run the same command again"):
         training.train(None, processor, [stage], world)
 
 
@@ -343,3 +350,13 @@ def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
     (tmp_path / "a.md").write_text("cat:")
     assert main(["generate", str(tmp_path / "a.md"), "--out", str(tmp_path / "o.md")]) == 130 and "stopped" in capsys.readouterr().err
+
+
+def test_a_missing_part_is_named(tmp_path):
+    from dreamllm_edu.model import parts_folder
+    for part, file in (("tokenizer", "tokenizer.json"), ("language", "config.json"), ("clip", "config.json"), ("vae", "config.json"), ("unet", "config.json")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / file).write_text("{}")
+    with pytest.raises(ValueError, match="the part scheduler is missing; make it with dreamllm-edu pretrain unet"):
+        parts_folder(tmp_path)
+    assert parts_folder(tmp_path, needed=("tokenizer",)) == tmp_path
