@@ -212,32 +212,35 @@ def test_the_shipped_metrics_bear_out_the_readme():
         assert creation[split]["concept_top1"]["low"] > creation["baseline_shuffled"][split]["concept_top1"]["high"], split
         assert creation[split]["style_top1"]["low"] > 1 / 4, split
     seen, text, ceiling = creation["seen"], creation["baseline_text_encoder"]["seen"], creation["ceiling_vae"]["seen"]
-    for key, least in (("concept_top1", 0.8), ("style_top1", 0.85)):
-        assert seen[key]["low"] > least and seen[key]["value"] <= ceiling[key]["value"], key
-    assert seen["concept_top1"]["value"] < text["concept_top1"]["value"] and seen["style_top1"]["value"] > text["style_top1"]["value"]
+    for key, least in (("concept_top1", 0.85), ("style_top1", 0.85)):
+        assert seen[key]["low"] > least and text[key]["low"] < seen[key]["value"] < text[key]["high"] and seen[key]["value"] <= ceiling[key]["value"], key
     assert creation["held_out_concepts"]["style_top1"]["low"] > 1 / 4
     unseen, told = creation["held_out_renderings"], creation["baseline_text_encoder"]["held_out_renderings"]
     assert unseen["style_top1"]["low"] > told["style_top1"]["value"] and unseen["concept_top1"]["low"] < told["concept_top1"]["value"]
-    assert 0.35 < unseen["concept_top1"]["value"] < 0.45
-    assert 0.7 < metrics["editing"]["style_top1"]["value"] < 0.8
-    assert 1.1 < metrics["language"]["ratio"]["value"] < 1.15
+    assert 0.4 < unseen["concept_top1"]["value"] < 0.5
+    assert 0.65 < metrics["editing"]["style_top1"]["value"] < 0.75
+    assert metrics["language"]["ratio"]["high"] < 1.05
     assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["interval"]["precision"]["low"] > 0.95 and metrics["layout"]["recall"] > 0.95
     written = metrics["articles"]
-    assert min(written[key]["illustrated"]["low"] for key in ("seen", "held_out")) > 0.9 and written["seen"]["belongs"]["low"] > 0.85
-    assert written["held_out"]["belongs"]["value"] < 0.05 and 0.7 < written["held_out"]["distinct"]["value"] < 0.8 and 0.5 < written["seen"]["distinct"]["value"] < 0.6
+    assert min(written[key]["illustrated"]["low"] for key in ("seen", "held_out")) > 0.9 and written["seen"]["belongs"]["low"] > 0.9
+    assert 0.15 < written["held_out"]["belongs"]["value"] < 0.25 and 0.5 < written["held_out"]["distinct"]["value"] < 0.7
     reading = metrics["comprehension"]
     assert reading["baseline_nearest"]["caption_top1"]["value"] < 0.08 and 0.4 < reading["ceiling_judge"]["concept_top1"]["value"] < 0.6
-    assert 0.05 < reading["caption_top1"]["held_out_renderings"]["value"] < 0.1
+    assert 0.1 < reading["caption_top1"]["held_out_renderings"]["value"] < 0.15
     assert metrics["comprehension"]["vqa"]["style"]["low"] > 0.5 and metrics["comprehension"]["caption_top1"]["held_out_renderings"]["high"] < 0.2
     assert metrics["comprehension"]["caption_top1"]["seen"]["low"] > 0.85 and metrics["comprehension"]["vqa"]["count"]["low"] > 0.95
 
 
-def test_the_shipped_weights_are_a_run_of_the_table():
-    """README says: the command made the weights, in three and a half hours; the table of notebook 10 has these stages and steps."""
+def test_the_one_run_of_the_readme_is_that_of_the_table():
+    """README says: one run of `train` arranges, counts and answers as the shipped weights do, draws worse, loses more English, repeats itself."""
     from dreamllm_edu.training import STAGES
-    made = json.loads((WEIGHTS / "training.json").read_text())
-    assert {name: m["steps"] for name, m in made.items()} == {stage.name: stage.steps for stage in STAGES["mini"]}
-    assert 3.25 < sum(m["seconds"] for m in made.values()) / 3600 < 3.75
+    once, shipped = (json.loads((WEIGHTS / name).read_text()) for name in ("one_run.json", "metrics.json"))
+    assert once["training"]["steps"] == {stage.name: stage.steps for stage in STAGES["mini"]}
+    assert 3.25 < sum(once["training"]["seconds"].values()) / 3600 < 3.75
+    assert once["scenes"]["relation"]["low"] > 0.8 and once["comprehension"]["vqa"]["count"]["low"] > 0.9 and once["layout"]["interval"]["f1"]["low"] > 0.9
+    assert once["creation"]["seen"]["concept_top1"]["high"] < shipped["creation"]["seen"]["concept_top1"]["value"]
+    assert once["comprehension"]["vqa"]["relation"]["low"] > 0.85 and once["language"]["ratio"]["low"] > shipped["language"]["ratio"]["high"]
+    assert once["articles"]["seen"]["distinct"]["high"] < shipped["articles"]["seen"]["distinct"]["value"]
 
 
 def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(shipped, world):
