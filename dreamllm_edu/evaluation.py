@@ -6,7 +6,7 @@
 __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'SPLITS', 'ResidualBlock', 'Judge', 'judge_data', 'train_judge', 'load_judge',
            'judge_pictures', 'interval', 'score_creation', 'real_pictures', 'wishes', 'nearest_training_pictures',
            'draw', 'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers', 'sample_rows', 'in_batches',
-           'score_layout', 'layout_figures', 'things_named', 'measure_articles', 'measure_comprehension',
+           'score_layout', 'layout_figures', 'things_named', 'measure_articles', 'by_topic', 'measure_comprehension',
            'measure_naming', 'measure_creation', 'measure_strangers', 'measure_baselines', 'measure_tasks', 'edit',
            'measure_language']
 
@@ -127,13 +127,16 @@ def judge_pictures(judge, pictures):
 
 # %% ../nbs/11_evaluation.ipynb #e7742940
 def interval(values, seed=0, rounds=2000):
-    """Mean with its bootstrap 95 % interval: `{"value", "low", "high", "n"}`; all None for no values."""
-    values = np.asarray(values, dtype=float)
-    if not len(values):
+    """Mean with its bootstrap 95 % interval: `{"value", "low", "high", "n"}`; all None for no values.
+
+    A value may be a list (what is said in one article, say): lists are drawn whole, because what stands in one of them is right or wrong together."""
+    groups = [group for group in (np.atleast_1d(np.asarray(value, dtype=float)) for value in values) if len(group)]
+    if not groups:
         return {"value": None, "low": None, "high": None, "n": 0}
-    draws = np.random.default_rng(seed).choice(values, (rounds, len(values))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+    sums, sizes = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(rounds, len(groups)))
+    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
+    return {"value": float(sums.sum() / sizes.sum()), "low": float(low), "high": float(high), "n": int(sizes.sum())}
 
 # %% ../nbs/11_evaluation.ipynb #1586a6b2
 def score_creation(judge, world, pictures, prompts):
@@ -280,7 +283,8 @@ def things_named(document):
 
 def measure_articles(model, processor, world, n=40, **options):
     """Articles written on from their first sentence, about classes that training showed and classes that it did not. Of the things named: share that is
-    `illustrated`, share that `belongs` to the class; of the articles: share in which no thing comes twice (`distinct`). Greedy, at most three pictures."""
+    `illustrated`, share that `belongs` to the class; of the articles: share in which no thing comes twice (`distinct`). Greedy, at most three pictures.
+    Intervals draw whole classes: an article about one in another style is hardly another witness."""
     classes, out = {}, {}
     for concept in world.concepts:
         for up in concept.get("hypernyms", []):
@@ -289,10 +293,19 @@ def measure_articles(model, processor, world, n=40, **options):
         rows = sample_rows([r for r in articles(world, split) if len(r["parts"]) == 7], n)
         asked = [Document([r["parts"][0]["text"]], 1) for r in rows]
         told = [things_named(d) for d in model.generate(asked, processor, max_new_tokens=110, max_pictures=3, **options)]
-        out[key] = {"illustrated": interval([shown for things in told for _, shown in things]),
-                    "belongs": interval([name in classes[r["concept"]] for r, things in zip(rows, told) for name, _ in things]),
-                    "distinct": interval([len({name for name, _ in things}) == len(things) for things in told])}
+        topics = [r["concept"] for r in rows]
+        out[key] = {"illustrated": by_topic(topics, [[shown for _, shown in things] for things in told]),
+                    "belongs": by_topic(topics, [[name in classes[topic] for name, _ in things] for topic, things in zip(topics, told)]),
+                    "distinct": by_topic(topics, [[len({name for name, _ in things}) == len(things)] for things in told])}
     return out
+
+
+def by_topic(topics, verdicts):
+    """`interval` of the verdicts [article][i]. Articles about one topic (in another style, say) tend to be right or wrong together: drawn as one."""
+    groups = {}
+    for topic, found in zip(topics, verdicts):
+        groups.setdefault(topic, []).extend(found)
+    return interval(list(groups.values()))
 
 # %% ../nbs/11_evaluation.ipynb #856669c3
 def measure_comprehension(model, processor, world, n=150):

@@ -1046,7 +1046,7 @@ def parser():
     p = argparse.ArgumentParser(prog="python -m dreamllm_edu.train", description="The three stages at any scale: on a laptop, or behind accelerate launch or torchrun.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--scale", choices=["mini", "small", "paper"], default="mini")
-    p.add_argument("--stage", type=int, choices=[1, 2, 3, 4], default=1)
+    p.add_argument("--stage", type=int, choices=[1, 2, 3, 4, 5], default=1)
     p.add_argument("--data", type=Path, help="folder under which the recipe's shards lie (mini brings its own)")
     p.add_argument("--out", type=Path, default=Path(".runs/train"), help="folder of checkpoints, logs, samples and weights, one folder a stage")
     p.add_argument("--recipe", type=Path, help="a YAML recipe (default: recipes/SCALE.yaml)")

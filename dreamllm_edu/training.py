@@ -193,6 +193,10 @@ STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the min
                                                                    "dialogues/what": 0.05, "dialogues/style": 0.08, "dialogues/count": 0.015, "dialogues/relation": 0.08,
                                                                    "edits": 0.13, "subjects": 0.01, "definitions": 0.13},
               1e-3, 4600, 128, ema_decay=0.998, timestep_exponent=0.5),
+        Stage("3-instruction-english", ALIGN + ("language_model",), {"pairs/draw": 0.27, "pairs/caption": 0.05, "articles": 0.13, "scenes": 0.035, "dialogues/show": 0.04,
+                                                                     "dialogues/what": 0.03, "dialogues/style": 0.08, "dialogues/count": 0.01, "dialogues/relation": 0.05,
+                                                                     "edits": 0.1, "subjects": 0.005, "definitions": 0.2},
+              7e-4, 4400, 128, ema_decay=0.998, timestep_exponent=0.5),
     ),
     "paper": (
         Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),

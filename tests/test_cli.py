@@ -267,7 +267,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
     scenes = data.scene_list(world, "train")[::40]
     monkeypatch.setattr(data, "scene_list", lambda world, split, seed=0: scenes)
-    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", "2", "1", "1", "1", "--seed", "4"]
+    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", "2", "1", "1", "1", "1", "--seed", "4"]
     small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.STAGES["mini"]]
     monkeypatch.setitem(dreamllm_edu.training.STAGES, "mini", tuple(small))
     assert main(arguments) == 0
@@ -285,7 +285,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
 
 
 def test_more_steps_than_stages_are_refused(tmp_path, capsys):
-    refused(["train", "--steps", *"12345", "--out", tmp_path / "out"], capsys, "5 numbers for 4 stages")
+    refused(["train", "--steps", *"123456", "--out", tmp_path / "out"], capsys, "6 numbers for 5 stages")
     assert not (tmp_path / "out").exists()
 
 

@@ -217,30 +217,26 @@ def test_the_shipped_metrics_bear_out_the_readme():
     assert creation["held_out_concepts"]["style_top1"]["low"] > 1 / 4
     unseen, told = creation["held_out_renderings"], creation["baseline_text_encoder"]["held_out_renderings"]
     assert unseen["style_top1"]["low"] > told["style_top1"]["value"] and unseen["concept_top1"]["low"] < told["concept_top1"]["value"]
-    assert 0.4 < unseen["concept_top1"]["value"] < 0.5
-    assert 0.65 < metrics["editing"]["style_top1"]["value"] < 0.75
+    assert 0.35 < unseen["concept_top1"]["value"] < 0.45 and unseen["concept_top1"]["high"] < told["concept_top1"]["value"]
+    assert 0.7 < metrics["editing"]["style_top1"]["value"] < 0.8
     assert metrics["language"]["ratio"]["high"] < 1.05
     assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["interval"]["precision"]["low"] > 0.95 and metrics["layout"]["recall"] > 0.95
     written = metrics["articles"]
     assert min(written[key]["illustrated"]["low"] for key in ("seen", "held_out")) > 0.9 and written["seen"]["belongs"]["low"] > 0.9
-    assert 0.15 < written["held_out"]["belongs"]["value"] < 0.25 and 0.5 < written["held_out"]["distinct"]["value"] < 0.7
+    assert written["held_out"]["belongs"]["value"] < 0.1 and 0.6 < written["held_out"]["distinct"]["value"] < 0.73
     reading = metrics["comprehension"]
     assert reading["baseline_nearest"]["caption_top1"]["value"] < 0.08 and 0.4 < reading["ceiling_judge"]["concept_top1"]["value"] < 0.6
-    assert 0.1 < reading["caption_top1"]["held_out_renderings"]["value"] < 0.15
+    named = reading["caption_top1"]["held_out_renderings"]
+    assert 0.05 < named["value"] < 0.08 and named["low"] < reading["baseline_nearest"]["caption_top1"]["value"]
     assert metrics["comprehension"]["vqa"]["style"]["low"] > 0.5 and metrics["comprehension"]["caption_top1"]["held_out_renderings"]["high"] < 0.2
     assert metrics["comprehension"]["caption_top1"]["seen"]["low"] > 0.85 and metrics["comprehension"]["vqa"]["count"]["low"] > 0.95
 
 
-def test_the_one_run_of_the_readme_is_that_of_the_table():
-    """README says: one run of `train` arranges, counts and answers as the shipped weights do, draws worse, loses more English, repeats itself."""
+def test_the_shipped_weights_were_made_by_the_table_in_the_hours_that_the_readme_says():
     from dreamllm_edu.training import STAGES
-    once, shipped = (json.loads((WEIGHTS / name).read_text()) for name in ("one_run.json", "metrics.json"))
-    assert once["training"]["steps"] == {stage.name: stage.steps for stage in STAGES["mini"]}
-    assert 3.25 < sum(once["training"]["seconds"].values()) / 3600 < 3.75
-    assert once["scenes"]["relation"]["low"] > 0.8 and once["comprehension"]["vqa"]["count"]["low"] > 0.9 and once["layout"]["interval"]["f1"]["low"] > 0.9
-    assert once["creation"]["seen"]["concept_top1"]["high"] < shipped["creation"]["seen"]["concept_top1"]["value"]
-    assert once["comprehension"]["vqa"]["relation"]["low"] > 0.85 and once["language"]["ratio"]["low"] > shipped["language"]["ratio"]["high"]
-    assert once["articles"]["seen"]["distinct"]["high"] < shipped["articles"]["seen"]["distinct"]["value"]
+    learned = json.loads((WEIGHTS / "training.json").read_text())
+    assert {name: made["steps"] for name, made in learned.items()} == {stage.name: stage.steps for stage in STAGES["mini"]}
+    assert 4.75 < sum(made["seconds"] for made in learned.values()) / 3600 < 5.25
 
 
 def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(shipped, world):

@@ -272,7 +272,7 @@ def test_plan():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"scale": "huge"}, "scale='huge'"), ({"stage": 5}, "stage=5"), ({"stage": "first"}, "1-alignment"), ({"gpus": 0}, "gpus=0"),
+    ({"scale": "huge"}, "scale='huge'"), ({"stage": 6}, "stage=6"), ({"stage": "first"}, "1-alignment"), ({"gpus": 0}, "gpus=0"),
     ({"gpu_memory": 0}, "gpu_memory=0"), ({"micro_batch": 0}, "micro_batch=0"), ({"precision": "fp8"}, "fp8"), ({"device": "tpu"}, "a100"),
     ({"parallel": "single"}, "one GPU"), ({"parallel": "tensor"}, "fsdp2"), ({"utilisation": 0}, "utilisation=0"), ({"reserve": 1}, "reserve=1"),
     ({"length": 10}, "length=10"), ({"length": 5000}, "length=5000"), ({"pictures": 0}, "pictures=0"), ({"device": -1}, "device=-1")])
