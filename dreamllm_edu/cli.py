@@ -46,7 +46,7 @@ def add_training(command):
 def add_plan(command):
     p = command("plan", "what a training at full scale needs: memory by item, what fits, hours", "dreamllm-edu plan --gpus 8 --gpu-memory 80")
     p.add_argument("--scale", choices=["mini", "small", "paper"], default="paper", help="the models' sizes")
-    p.add_argument("--stage", type=int, choices=[1, 2, 3, 4, 5], help="one stage only (the paper has three, the miniature goes three times through the third)")
+    p.add_argument("--stage", type=count, metavar="N", help="one stage only, by its number in the table of notebook 10")
     p.add_argument("--gpus", type=count, default=8, metavar="N", help="how many")
     p.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of one GPU")
     p.add_argument("--micro-batch", type=count, metavar="N", help="documents a GPU computes at once (default: the largest that fits)")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'SPLITS', 'ResidualBlock', 'Judge', 'judge_data', 'train_judge', 'load_judge',
-           'judge_pictures', 'interval', 'score_creation', 'real_pictures', 'wishes', 'nearest_training_pictures',
-           'draw', 'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers', 'sample_rows', 'in_batches',
-           'score_layout', 'layout_figures', 'things_named', 'measure_articles', 'by_topic', 'measure_comprehension',
-           'measure_naming', 'measure_creation', 'measure_strangers', 'measure_baselines', 'measure_tasks', 'edit',
-           'measure_language']
+           'judge_pictures', 'interval', 'by_topic', 'score_creation', 'real_pictures', 'wishes',
+           'nearest_training_pictures', 'draw', 'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers',
+           'sample_rows', 'in_batches', 'score_layout', 'layout_figures', 'things_named', 'measure_articles',
+           'measure_comprehension', 'measure_naming', 'measure_creation', 'measure_strangers', 'measure_baselines',
+           'measure_tasks', 'edit', 'measure_language']
 
 # %% ../nbs/11_evaluation.ipynb #9a33e8e3
 import json
@@ -137,6 +137,14 @@ def interval(values, seed=0, rounds=2000):
     drawn = np.random.default_rng(seed).integers(len(groups), size=(rounds, len(groups)))
     low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
     return {"value": float(sums.sum() / sizes.sum()), "low": float(low), "high": float(high), "n": int(sizes.sum())}
+
+# %% ../nbs/11_evaluation.ipynb #dfbf4c68
+def by_topic(topics, verdicts):
+    """`interval` of the verdicts [article][i]. Articles about one topic (in another style, say) tend to be right or wrong together: drawn as one."""
+    groups = {}
+    for topic, found in zip(topics, verdicts):
+        groups.setdefault(topic, []).extend(found)
+    return interval(list(groups.values()))
 
 # %% ../nbs/11_evaluation.ipynb #1586a6b2
 def score_creation(judge, world, pictures, prompts):
@@ -298,14 +306,6 @@ def measure_articles(model, processor, world, n=40, **options):
                     "belongs": by_topic(topics, [[name in classes[topic] for name, _ in things] for topic, things in zip(topics, told)]),
                     "distinct": by_topic(topics, [[len({name for name, _ in things}) == len(things)] for things in told])}
     return out
-
-
-def by_topic(topics, verdicts):
-    """`interval` of the verdicts [article][i]. Articles about one topic (in another style, say) tend to be right or wrong together: drawn as one."""
-    groups = {}
-    for topic, found in zip(topics, verdicts):
-        groups.setdefault(topic, []).extend(found)
-    return interval(list(groups.values()))
 
 # %% ../nbs/11_evaluation.ipynb #856669c3
 def measure_comprehension(model, processor, world, n=150):

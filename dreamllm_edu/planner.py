@@ -417,7 +417,7 @@ def plan_stage(config, stage, gpus, budget, micro_batch=None, precision="bf16", 
 
 # %% ../nbs/18_planner.ipynb #b2729688
 def find_stage(scale, stage):
-    """A `Stage` by its number (1 to 3), its name, or itself; `ValueError` for another."""
+    """A `Stage` by its number (from 1), its name, or itself; `ValueError` for another."""
     stages = stages_of(scale)
     if isinstance(stage, Stage):
         return stage

@@ -1046,7 +1046,7 @@ def parser():
     p = argparse.ArgumentParser(prog="python -m dreamllm_edu.train", description="The three stages at any scale: on a laptop, or behind accelerate launch or torchrun.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--scale", choices=["mini", "small", "paper"], default="mini")
-    p.add_argument("--stage", type=int, choices=[1, 2, 3, 4, 5], default=1)
+    p.add_argument("--stage", type=int, default=1, metavar="N", help="which stage of the recipe")
     p.add_argument("--data", type=Path, help="folder under which the recipe's shards lie (mini brings its own)")
     p.add_argument("--out", type=Path, default=Path(".runs/train"), help="folder of checkpoints, logs, samples and weights, one folder a stage")
     p.add_argument("--recipe", type=Path, help="a YAML recipe (default: recipes/SCALE.yaml)")
@@ -1078,7 +1078,7 @@ def find_recipe(args):
 def chosen(args):
     """(parts, settings, stages) of the recipe, with what the command line says instead."""
     parts, settings, stages = read_recipe(find_recipe(args))
-    if len(stages) < args.stage:
+    if not 1 <= args.stage <= len(stages):
         raise ValueError(f"the recipe has {len(stages)} stages, --stage {args.stage} was asked")
     own = {name: getattr(args, name) for name in ("micro_batch", "lanes", "workers", "seed", "save_every", "keep", "log_every", "sample_every", "patience", "precision",
                                                   "checkpointing", "compile", "deepspeed") if getattr(args, name) is not None}

@@ -267,8 +267,9 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
     scenes = data.scene_list(world, "train")[::40]
     monkeypatch.setattr(data, "scene_list", lambda world, split, seed=0: scenes)
-    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", "2", "1", "1", "1", "1", "--seed", "4"]
     small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.STAGES["mini"]]
+    steps = [2] + [1] * (len(small) - 1)
+    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", *map(str, steps), "--seed", "4"]
     monkeypatch.setitem(dreamllm_edu.training.STAGES, "mini", tuple(small))
     assert main(arguments) == 0
     out = tmp_path / "out"
@@ -279,7 +280,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     assert not torch.equal(before, fresh.dream_queries.weight) and torch.isfinite(fresh.dream_queries.weight).all()
     first = (out / "trained.safetensors").read_bytes()
     made = json.loads((out / "training.json").read_text())
-    assert [made[s.name]["steps"] for s in small] == [2, 1, 1, 1, 1] and all(m["seconds"] > 0 for m in made.values())
+    assert [made[s.name]["steps"] for s in small] == steps and all(m["seconds"] > 0 for m in made.values())
     assert main(arguments) == 0 and (out / "trained.safetensors").read_bytes() == first and json.loads((out / "training.json").read_text()) == made
     assert str(out / "trained.safetensors") in capsys.readouterr().out
 
@@ -319,6 +320,7 @@ def test_plan_says_what_fits_and_what_does_not(capsys):
     line = ["plan", "--scale", "mini", "--gpus", "1", "--stage", "2", "--micro-batch", "2"]
     assert main(line) == 0 and "in all, each GPU" in capsys.readouterr().out
     assert main([*line, "--gpu-memory", "0.1"]) == 1 and "does not fit" in capsys.readouterr().err
+    assert main([*line, "--stage", "6"]) == 1 and "stage=6: use one of 1, 2, 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -223,7 +223,7 @@ def test_the_shipped_metrics_bear_out_the_readme():
     assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["interval"]["precision"]["low"] > 0.95 and metrics["layout"]["recall"] > 0.95
     written = metrics["articles"]
     assert min(written[key]["illustrated"]["low"] for key in ("seen", "held_out")) > 0.9 and written["seen"]["belongs"]["low"] > 0.9
-    assert written["held_out"]["belongs"]["value"] < 0.1 and 0.6 < written["held_out"]["distinct"]["value"] < 0.73
+    assert written["held_out"]["belongs"]["value"] < 0.1 and 0.6 < written["held_out"]["distinct"]["value"] < 0.7
     reading = metrics["comprehension"]
     assert reading["baseline_nearest"]["caption_top1"]["value"] < 0.08 and 0.4 < reading["ceiling_judge"]["concept_top1"]["value"] < 0.6
     named = reading["caption_top1"]["held_out_renderings"]

@@ -346,7 +346,7 @@ def command(*arguments, **options):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--scale", "paper"], "--data"), (["--stage", "2"], "starts where stage 1 ended"), (["--recipe", "nowhere.yaml"], "no such recipe"),
+    (["--scale", "paper"], "--data"), (["--stage", "2"], "starts where stage 1 ended"), (["--stage", "6"], "5 stages, --stage 6"), (["--stage", "0"], "--stage 0"), (["--recipe", "nowhere.yaml"], "no such recipe"),
     (["--fill-cache"], "--cache"), (["--batch", "7"], "multiple of the lanes")])
 def test_the_command_names_what_is_missing(tmp_path, capsys, arguments, message):
     assert main([*arguments, "--out", str(tmp_path)]) == 1
