@@ -6,10 +6,11 @@
 __all__ = ['PARTS', 'NEEDS', 'Captioned', 'to_unit', 'pretrain_tokenizer', 'load_tokenizer', 'pretrain_vae', 'numbered',
            'last_states', 'style_numbers', 'tune_vision', 'pretrain_clip', 'caption_states', 'latent_moments',
            'pretrain_unet', 'pretrain_perceptor', 'perceptual_distance', 'redrawn_latents', 'pretrain_decoder',
-           'pretrain_language', 'pretrain', 'measure_language_part', 'measure_clip_part', 'psnr', 'measure_vae_part',
-           'measure_judge_part', 'measure_unet_part', 'measure_parts']
+           'pretrain_language', 'keep_record', 'pretrain', 'measure_language_part', 'measure_clip_part', 'psnr',
+           'measure_vae_part', 'measure_judge_part', 'measure_unet_part', 'measure_parts']
 
 # %% ../nbs/12_pretraining.ipynb #2deb5507
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,9 +256,9 @@ def pretrain_perceptor(data, pixels, runs, steps, batch=128, seed=0, progress=Tr
         style_loss = F.cross_entropy(styles.float()[~tinted], style[i[~tinted]])
         return {"loss": concept_loss + style_loss, "concept": concept_loss, "style": style_loss}
 
-    perceptor, _ = fit(perceptor, loss_of_step, steps, 3e-3, folder=runs / "perceptor", seed=seed, ema_decay=0.99, weight_decay=0.05,
+    perceptor, history = fit(perceptor, loss_of_step, steps, 3e-3, folder=runs / "perceptor", seed=seed, ema_decay=0.99, weight_decay=0.05,
                        progress=progress, description="perceptor")
-    return perceptor.eval().requires_grad_(False)
+    return perceptor.eval().requires_grad_(False), history
 
 
 def perceptual_distance(perceptor, x, y):
@@ -295,7 +296,7 @@ def pretrain_decoder(out, runs, steps=4200, perceptor_steps=1000, batch=32, seed
     pixels, scale = data.pixels(), vae.config.scaling_factor
     mean, std = latent_moments(vae, pixels)
     redrawn = redrawn_latents(out, mean, data.captions)
-    perceptor = pretrain_perceptor(data, pixels, runs, perceptor_steps, seed=seed, progress=progress)
+    perceptor, learned = pretrain_perceptor(data, pixels, runs, perceptor_steps, seed=seed, progress=progress)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     edges = lambda x: (x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :])
@@ -316,7 +317,7 @@ def pretrain_decoder(out, runs, steps=4200, perceptor_steps=1000, batch=32, seed
     vae, history = fit(vae, loss_of_step, steps, 1.2e-3, folder=runs / "decoder-perceptual", seed=seed, ema_decay=0.995, progress=progress,
                        description="decoder", save_every=250)
     write_folder(out / "vae", vae.half().save_pretrained)
-    return history
+    return learned + history
 
 # %% ../nbs/12_pretraining.ipynb #54eae70d
 def pretrain_language(out, runs, steps=1700, batch=40, length=128, seed=0, progress=True, init=None):
@@ -338,6 +339,16 @@ def pretrain_language(out, runs, steps=1700, batch=40, length=128, seed=0, progr
     return history
 
 # %% ../nbs/12_pretraining.ipynb #beb5ff98
+def keep_record(path, part, history):
+    """Write into the JSON file `path` how many steps `part` took and how many seconds of training; the entries of other parts stay.
+
+    `history`: the rows of one call of `fit`, or of several, one after the other: each counts its own steps and seconds."""
+    ends = [row for row, after in zip(history, history[1:] + [{"step": 0}]) if after["step"] == 0]
+    made = json.loads(path.read_text()) if path.exists() else {}
+    made[part] = {"steps": len(history), "seconds": round(sum(row["seconds"] for row in ends), 1)}
+    path.write_text(json.dumps(made, indent=1) + "\n")
+
+# %% ../nbs/12_pretraining.ipynb #f29cf19d
 PARTS = ("tokenizer", "clip", "vae", "language", "judge", "unet", "decoder")  # in the order of need
 
 
@@ -346,7 +357,8 @@ NEEDS = {"clip": ("tokenizer",), "language": ("tokenizer",), "unet": ("tokenizer
 
 def pretrain(part, out, runs, steps=None, progress=True, init=None, compile=False):
     """Make one part into `out`; the resumable state lies in `runs`; `init`: parts from which CLIP, language model or U-Net are trained further. `steps`: instead of the part's
-    own number (CLIP: of either half; decoder: of its perceptor, too). `compile`: the U-Net, the longest of the trainings, in compiled form. Raises `ValueError` when a part that it needs is missing."""
+    own number (CLIP: of either half; decoder: of its perceptor, too). `compile`: the U-Net, the longest of the trainings, in compiled form. Steps and
+    seconds of training are kept in `out/pretraining.json`. Raises `ValueError` when a part that it needs is missing."""
     out, runs = Path(out), Path(runs)
     missing = [need for need in NEEDS.get(part, ()) if not (out / need).exists()]
     if missing:
@@ -362,7 +374,10 @@ def pretrain(part, out, runs, steps=None, progress=True, init=None, compile=Fals
         options["init"] = init
     if compile and part == "unet":
         options["compile"] = True
-    return job(out, runs=runs, progress=progress, **options)
+    history = job(out, runs=runs, progress=progress, **options)
+    if history:  # the tokenizer has none: it counts, it is not trained
+        keep_record(out / "pretraining.json", part, history)
+    return history
 
 # %% ../nbs/12_pretraining.ipynb #fcfff750
 @torch.no_grad()

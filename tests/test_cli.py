@@ -256,6 +256,16 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     log = [json.loads(line) for line in (tmp_path / "work" / "judge" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(made + 1)), "it went on where it stopped"
     assert (tmp_path / "parts" / "judge" / "model.safetensors").stat().st_size > 1_000_000
+    record = json.loads((tmp_path / "parts" / "pretraining.json").read_text())
+    assert record.keys() == {"judge"} and record["judge"]["steps"] == made + 1 and record["judge"]["seconds"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+
+
+def test_the_record_of_several_trainings_adds_their_seconds_and_keeps_other_parts(tmp_path):
+    rows = lambda *seconds: [{"step": i, "seconds": s} for i, s in enumerate(seconds)]
+    keep = dreamllm_edu.pretraining.keep_record
+    keep(tmp_path / "r.json", "clip", rows(1.0, 2.0, 3.0) + rows(0.5, 1.5))
+    keep(tmp_path / "r.json", "vae", rows(7.0))
+    assert json.loads((tmp_path / "r.json").read_text()) == {"clip": {"steps": 5, "seconds": 4.5}, "vae": {"steps": 1, "seconds": 7.0}}
 
 
 def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
