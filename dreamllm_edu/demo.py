@@ -26,10 +26,10 @@ from transformers import CLIPModel, LlamaForCausalLM
 
 import dreamllm_edu.generation  # gives DreamLLM its generate method
 from .data import STYLES, World, articles, caption, data_folder, dialogues, edits, scene_list, to_document
-from .documents import Document, Dream, picture_to_uri
+from .documents import Document, Dream, picture_to_uri, write_text
 from .evaluation import (SPLITS, draw, draw_from_text_encoder, edit, in_batches, load_judge, measure_articles, measure_baselines, measure_comprehension, measure_creation,
                                      measure_language, measure_naming, measure_tasks, real_pictures, sample_rows, score_layout, wishes)
-from .model import WEIGHTS, DreamLLM, mini, mini_processor, quiet
+from .model import WEIGHTS, DreamLLM, load_part, mini, mini_processor, quiet
 from .training import STAGES, train
 
 # %% ../nbs/13_demo.ipynb #344235dd
@@ -108,8 +108,8 @@ def quick_scores(model, processor, judge, world, n, progress=True):
 def full_measure(model, processor, judge, world, n=150, progress=True):
     """Every metric of the shipped model, with baselines and intervals; the keys of `metrics.json`."""
     with quiet():
-        clip = CLIPModel.from_pretrained(WEIGHTS / "mini" / "clip", dtype=torch.float32, local_files_only=True).eval()
-        before = LlamaForCausalLM.from_pretrained(WEIGHTS / "mini" / "language", dtype=torch.float32, local_files_only=True).eval()
+        clip = load_part(CLIPModel, WEIGHTS / "mini" / "clip", dtype=torch.float32, local_files_only=True).eval()
+        before = load_part(LlamaForCausalLM, WEIGHTS / "mini" / "language", dtype=torch.float32, local_files_only=True).eval()
     jobs = {"creation": lambda: measure_creation(model, processor, judge, world, n),
             "baselines": lambda: measure_baselines(model, clip, processor, judge, world, n),
             "comprehension": lambda: {**measure_comprehension(model, processor, world, n), **measure_naming(clip, judge, world, n)},
@@ -228,7 +228,7 @@ def save_for_hub(folder, model, processor, metrics):
     folder = Path(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(metrics), encoding="utf8")
+    write_text(folder / "README.md", model_card(metrics))
 
 # %% ../nbs/13_demo.ipynb #d923089f
 STYLE_SHEET = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:14px}
@@ -323,7 +323,7 @@ def demo(out="_demo", n=150, progress=True):
     quick["labels"] += ["the shipped model", "the real drawing"]
     seconds.update({f"measuring.{name}": value for name, value in parts.items()}, total=round(time.time() - began, 1))
     metrics = {"seconds": seconds, "peak_rss_mb": peak_mb(), **metrics, "quick": {"untrained": quick["untrained"], "trained": quick["trained"], "steps": list(DEMO_STEPS)}}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    (out / "index.html").write_text(page(metrics, quick, shown), encoding="utf8")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+    write_text(out / "index.html", page(metrics, quick, shown))
     print(f"the page: {(out / 'index.html').resolve()}\nthe numbers: {(out / 'metrics.json').resolve()}")
     return metrics

@@ -46,7 +46,7 @@ def to_pictures(pixels):
 @torch.no_grad()
 def decode_latents(vae, latents):
     """Latents in the U-Net's scale -> pictures [B, 3, H, W] in [-1, 1]."""
-    return vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.clamp(-1, 1)
 
 # %% ../nbs/05_diffusion.ipynb #9a62eb10
 def unet_config(size=8, channels=(96, 192), latent_channels=8, condition=192, layers=1, heads=4):
@@ -84,7 +84,7 @@ def sample_latents(unet, scheduler, condition, null, guidance_scale=2.0, num_inf
     both = torch.cat([null.expand_as(condition), condition]) if guided else condition
     extra = added(both) if added else {}
     for t in times:
-        out = unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=both, **extra).sample.float()
+        out = unet((torch.cat([x, x]) if guided else x).to(unet.dtype), t, encoder_hidden_states=both, **extra).sample.float()
         if guided:
             base, toward = out.chunk(2)
             out = base + guidance_scale * (toward - base)

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from .data import (JUDGE_ONLY, SCENE_NAMES, STYLES, World, articles, caption, definition_split, dialogues, edits, pairs,
                                read_definitions, scene_list, to_document)
 from .diffusion import decode_latents, sample_latents, to_pictures
-from .documents import Document, Dream, picture_tensor
+from .documents import Document, Dream, picture_tensor, write_folder
 from .language import pack, window_losses
-from .model import checked_tensors, write_folder
+from .model import checked_tensors
 from .tokenization import caption_ids, encode_text
 from .training import fit
 from .vision import clip_normalize, jiggle, text_embeds
@@ -392,7 +392,8 @@ def measure_tasks(model, processor, judge, world, n=150, **options):
     rows = sample_rows(edits(world, "train"), n // 2) + sample_rows(edits(world, "held_out_renderings"), n - n // 2)
     asked = [Document(to_document(r, world).parts[:3], 3) for r in rows]  # the model is not told the concept's name, it may say it
     edited = score_creation(judge, world, edit(model, processor, asked, **options), [(r["concept"], r["style"]) for r in rows])
-    scenes = random.Random(0).sample([s for s in scene_list(world, "held_out_renderings") if s.relation in ("left", "above")], n)
+    scenes = [s for s in scene_list(world, "held_out_renderings") if s.relation in ("left", "above")]
+    scenes = random.Random(0).sample(scenes, min(n, len(scenes)))
     pictures = draw(model, processor, [s.caption for s in scenes], **options)
     ceiling = score_scenes(judge, world, [world.draw_scene(s) for s in scenes], scenes)
     return {"editing": {k: edited[k] for k in ("concept_top1", "concept_top5", "style_top1")},

@@ -59,7 +59,7 @@ def prompt_blocks(document, layout):
 def pick(logits, allowed, temperature, top_p, generators):
     """Next token ids [B] from logits [B, V]: the most probable at temperature 0, else sampled from the smallest set with mass `top_p`."""
     logits = torch.where(allowed, logits.float(), -torch.inf)
-    if temperature == 0:
+    if temperature < 1e-6:  # by less than this float32 cannot divide
         return logits.argmax(-1)
     probs, order = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(descending=True)
     probs[probs.cumsum(-1) - probs >= top_p] = 0
@@ -220,6 +220,9 @@ def _check(model, documents, processor):
         raise ValueError("generate takes a Document or a list of them; write Document(['a cat:', Dream()])")
     if len(processor.tokenizer) > model.config.text_config.vocab_size:
         raise ValueError(f"the processor knows {len(processor.tokenizer)} tokens, the model {model.config.text_config.vocab_size}; use the processor that belongs to the model")
+    if processor.max_length > model.config.text_config.max_position_embeddings:
+        raise ValueError(f"the processor fills up to {processor.max_length} tokens, the model holds {model.config.text_config.max_position_embeddings}; "
+                         "give the processor that max_length")
     if (processor.num_queries, processor.num_patches) != (model.config.num_queries, model.config.num_patches):
         raise ValueError(f"the processor makes {processor.num_queries} queries and {processor.num_patches} patches a picture, the model has "
                          f"{model.config.num_queries} and {model.config.num_patches}; use the processor that belongs to the model")
@@ -240,7 +243,8 @@ def generate(self, documents, processor=None, max_new_tokens=120, max_pictures=4
     if generation_config is not None:
         wish = lambda name, otherwise: otherwise if getattr(generation_config, name, None) is None else getattr(generation_config, name)
         max_new_tokens, top_p = wish("max_new_tokens", max_new_tokens), wish("top_p", top_p)
-        temperature = wish("temperature", temperature or 1.0) if generation_config.do_sample else 0.0
+        if generation_config.do_sample is not None:
+            temperature = wish("temperature", temperature or 1.0) if generation_config.do_sample else 0.0
         guidance_scale = wish("guidance_scale", guidance_scale)
     single = isinstance(documents, Document)
     documents = [documents] if single else list(documents)
@@ -251,7 +255,7 @@ def generate(self, documents, processor=None, max_new_tokens=120, max_pictures=4
     for name, value, *bounds in (("max_new_tokens", max_new_tokens, 0), ("max_pictures", max_pictures, 0), ("seed", seed, 0, 2**62),
                                  ("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps),
                                  ("temperature", temperature, 0, None, numbers.Real), ("top_p", top_p, 1e-9, 1, numbers.Real),
-                                 ("guidance_scale", guidance_scale, 0, None, numbers.Real)):
+                                 ("guidance_scale", guidance_scale, 0, 1000, numbers.Real)):
         check_number(name, value, *bounds)
     if generator is not None:
         seed = int(torch.randint(2**31, (1,), generator=generator))

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'MARKS', 'DreamLLMConfig', 'DreamLLMOutput', 'DreamLLM', 'encode_images', 'encode_latents', 'blocks_by_row',
-           'embed', 'null_condition', 'image_loss_of', 'added_conditions', 'draws', 'forward', 'quiet', 'plain_config',
-           'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained', 'parts_folder', 'mini',
-           'write_folder', 'save_pretrained', 'from_pretrained', 'mini_processor']
+           'embed', 'null_condition', 'image_loss_of', 'added_conditions', 'draws', 'forward', 'quiet', 'load_part',
+           'plain_config', 'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained',
+           'parts_folder', 'mini', 'save_pretrained', 'from_pretrained', 'mini_processor']
 
 # %% ../nbs/08_model.ipynb #4116f0fb
 import functools
-import shutil
-import tempfile
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,10 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from .data import HERE
+from .documents import write_folder
 from .losses import denoising_loss, draw_timesteps, min_snr_weights
 from .queries import ConditionProjector, DreamQueries, slots_after, splice
-from .tokenization import DreamLLMProcessor, later
+from .tokenization import DreamLLMProcessor, later, read_tokenizer
 from .vision import VisualProjector, patch_features
 
 # %% ../nbs/08_model.ipynb #ea597081
@@ -306,7 +306,7 @@ def quiet():
             library.enable_progress_bar()
 
 # %% ../nbs/08_model.ipynb #a17a0e17
-def _whole(cls, name, **options):
+def load_part(cls, name, **options):
     """A pretrained part. A missing, damaged or misshapen tensor, which the libraries draw at random with a warning, is a `ValueError` here."""
     where = Path(str(name), options.get("subfolder", ""))
     try:
@@ -333,10 +333,10 @@ def assemble(language, vision, diffusion, local_files_only=True, **options):
     `language`: a Llama; `vision`: a CLIP; `diffusion`: a folder (or hub name) with `unet`, `vae`, `scheduler`. Nothing is downloaded unless
     `local_files_only=False`. `options`: fields of `DreamLLMConfig`. The miniature and the 7B model are made by this same call."""
     offline = {"local_files_only": local_files_only}
-    llm = _whole(LlamaForCausalLM, language, dtype=torch.float32, **offline)
-    clip = _whole(CLIPVisionModel, vision, dtype=torch.float32, **offline)
-    unet = _whole(UNet2DConditionModel, diffusion, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True, **offline)
-    vae = _whole(AutoencoderKL, diffusion, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True, **offline)
+    llm = load_part(LlamaForCausalLM, language, dtype=torch.float32, **offline)
+    clip = load_part(CLIPVisionModel, vision, dtype=torch.float32, **offline)
+    unet = load_part(UNet2DConditionModel, diffusion, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True, **offline)
+    vae = load_part(AutoencoderKL, diffusion, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True, **offline)
     scheduler = DDPMScheduler.from_pretrained(diffusion, subfolder="scheduler", **offline)
     config = DreamLLMConfig(text_config=llm.config, vision_config=clip.config, unet_config=plain_config(unet.config),
                             vae_config=plain_config(vae.config), scheduler_config=plain_config(scheduler.config), **options)
@@ -358,7 +358,8 @@ def checked_tensors(path):
 
 def trained_tensors(model):
     """Names and tensors of what training changes, tied ones once."""
-    return {k: v for k, v in model.state_dict().items() if k.split(".")[0] not in model.frozen_parts and k not in model._tied_weights_keys}
+    twice = model._tied_weights_keys if model.config.tie_word_embeddings else ()
+    return {k: v for k, v in model.state_dict().items() if k.split(".")[0] not in model.frozen_parts and k not in twice}
 
 # %% ../nbs/08_model.ipynb #aeafcb40
 def load_trained(model, path):
@@ -412,23 +413,17 @@ def mini(trained=True, parts=None, **options):
     return load_trained(model, parts / "dreamllm" / "trained.safetensors") if trained else model
 
 # %% ../nbs/08_model.ipynb #daa5947a
-def write_folder(folder, save):
-    """`save(aside)` writes into a folder beside; only when it is whole its files take their places in `folder`, where all other files stay."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as aside:
-        try:
-            save(Path(aside))
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"could not save to {folder} ({error}); free some space, what was there is untouched") from error
-        folder.mkdir(exist_ok=True)
-        for path in Path(aside).iterdir():
-            shutil.move(path, folder / path.name)
-
-
 def save_pretrained(self, folder, **kwargs):
-    """Save config and safetensors, so that a full disk leaves the old checkpoint whole."""
-    write_folder(folder, lambda aside: PreTrainedModel.save_pretrained(self, aside, **kwargs))
+    """Save config and safetensors, so that a full disk leaves the old checkpoint whole. Weights of an earlier save that was cut into other files
+    are removed: a loader would take those."""
+    written = set()
+    def save(aside):
+        PreTrainedModel.save_pretrained(self, aside, **kwargs)
+        written.update(path.name for path in aside.iterdir())
+    write_folder(folder, save)
+    for path in Path(folder).glob("model*.safetensors*"):
+        if path.name not in written and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+            path.unlink()
 
 
 DreamLLM.save_pretrained = save_pretrained
@@ -437,9 +432,13 @@ DreamLLM.save_pretrained = save_pretrained
 @classmethod
 def from_pretrained(cls, name, *args, **kwargs):
     """`"mini"` is the shipped miniature; anything else is a folder or hub name. Unlike the default, missing or extra tensors are an error."""
-    if str(name) == "mini":
-        return mini(**kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
+    if str(name) == "mini":
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto": as it comes
+        model = mini(**kwargs)
+        model = model if dtype is None else model.to(dtype)
+        return (model, dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), [])) if wants_info else model
     found = kwargs["config"].model_type if "config" in kwargs else cls.config_class.get_config_dict(name, **kwargs)[0].get("model_type")
     if found != cls.config_class.model_type:  # its sizes would be missing, and the 7-billion defaults would fill the memory
         raise ValueError(f"{name} holds a model of type {found!r}, not {cls.config_class.model_type!r}; make a DreamLLM from parts with assemble()")
@@ -466,6 +465,6 @@ AutoProcessor.register(DreamLLMConfig, DreamLLMProcessor)
 def mini_processor(parts=None, num_queries=8, max_length=512):
     """The processor of the miniature: its tokenizer, and CLIP's picture processor at 64 pixels."""
     folder = parts_folder(parts, needed=("tokenizer",))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokenizer = read_tokenizer(folder / "tokenizer")
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     return DreamLLMProcessor(images, tokenizer, num_queries=num_queries, max_length=max_length)

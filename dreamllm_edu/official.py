@@ -24,8 +24,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .diffusion import sample_latents
-from .documents import Document
-from .model import DreamLLM, DreamLLMConfig, quiet, write_folder
+from .documents import Document, write_folder
+from .model import DreamLLM, DreamLLMConfig, quiet
 from .tokenization import DreamLLMProcessor, Sequence, collate
 from .training import STAGES
 

@@ -20,16 +20,17 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CLIPModel, LlamaForCausalLM
 
 from .data import JUDGE_ONLY, STYLES, World, caption, definition_split, pairs, read_definitions, scene_list
 from .diffusion import sample_latents, scheduler_config, unet_config, vae_config
+from .documents import write_folder, write_text
 from .language import llama_config, next_token_loss, pack
 from .evaluation import (Judge, draw_from_text_encoder, interval, judge_data, judge_pictures, load_judge, real_pictures, score_creation,
                                      through_vae, train_judge, wishes)
 from .losses import denoising_loss
-from .model import quiet, write_folder
-from .tokenization import caption_ids, encode_text, train_tokenizer
+from .model import load_part, quiet
+from .tokenization import caption_ids, encode_text, read_tokenizer, train_tokenizer
 from .training import fit
 from .vision import clip_config, clip_normalize, contrastive_loss, erase, jiggle, text_embeds
 
@@ -76,7 +77,7 @@ def pretrain_tokenizer(out, **_):
 
 # %% ../nbs/12_pretraining.ipynb #4f6076db
 def load_tokenizer(out):
-    return PreTrainedTokenizerFast.from_pretrained(out / "tokenizer", local_files_only=True)
+    return read_tokenizer(out / "tokenizer")
 
 # %% ../nbs/12_pretraining.ipynb #cd180856
 def pretrain_vae(out, runs, steps=1400, batch=32, seed=0, progress=True):
@@ -177,7 +178,7 @@ def pretrain_clip(out, runs, steps=850, vision_steps=2600, batch=256, seed=0, pr
     what = torch.tensor([index[name] for name in data.names])
     style = style_numbers(data.refs)
     torch.manual_seed(seed)
-    model = CLIPModel.from_pretrained(Path(init) / "clip").float() if init else CLIPModel(clip_config(len(tokenizer)))
+    model = load_part(CLIPModel, Path(init) / "clip").float() if init else CLIPModel(clip_config(len(tokenizer)))
 
     def loss_of_step(model, step, generator):
         i = data.draw(batch, generator)
@@ -213,14 +214,14 @@ def latent_moments(vae, pixels):
 def pretrain_unet(out, runs, steps=29200, batch=64, seed=0, progress=True, compile=False, init=None):
     """Text-to-image: a U-Net conditioned on CLIP's text states, 10 % of the captions replaced by the empty one, a fifth of the pictures scenes."""
     data, tokenizer = Captioned(), load_tokenizer(out)
-    clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).eval()
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+    clip = load_part(CLIPModel, out / "clip", dtype=torch.float32).eval()
+    vae = load_part(AutoencoderKL, out / "vae", torch_dtype=torch.float32).eval()
     mean, std = latent_moments(vae, data.pixels())
     full = caption_states(clip, *caption_ids(tokenizer, data.captions))
     bare = caption_states(clip, *caption_ids(tokenizer, data.names))
     null = caption_states(clip, *caption_ids(tokenizer, [""]))
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_pretrained(Path(init) / "unet", torch_dtype=torch.float32) if init else UNet2DConditionModel(**unet_config())
+    unet = load_part(UNet2DConditionModel, Path(init) / "unet", torch_dtype=torch.float32) if init else UNet2DConditionModel(**unet_config())
     unet, scheduler = unet.to(memory_format=torch.channels_last), DDPMScheduler(**scheduler_config())
 
     def loss_of_step(model, step, generator):
@@ -274,8 +275,8 @@ def perceptual_distance(perceptor, x, y):
 @torch.no_grad()
 def redrawn_latents(out, mean, captions, seed=0):
     """Latents of the pictures, noised a part of the way and drawn again by the U-Net in `out` under their captions: [n, Z, h, w]."""
-    unet = UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32).eval().to(memory_format=torch.channels_last)
-    scheduler, clip = DDPMScheduler.from_pretrained(out / "scheduler"), CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).eval()
+    unet = load_part(UNet2DConditionModel, out / "unet", torch_dtype=torch.float32).eval().to(memory_format=torch.channels_last)
+    scheduler, clip = DDPMScheduler.from_pretrained(out / "scheduler"), load_part(CLIPModel, out / "clip", dtype=torch.float32).eval()
     tokenizer = load_tokenizer(out)
     states = lambda texts: caption_states(clip, *caption_ids(tokenizer, texts)).float()
     generator, null, found = torch.Generator().manual_seed(seed), states([""]), []
@@ -292,7 +293,7 @@ def pretrain_decoder(out, runs, steps=4200, perceptor_steps=1000, batch=32, seed
 
     The error of pixels, of differences between neighbouring pixels (edges carry a drawing) and of a network's features, on latents of the training
     pictures: two thirds as the encoder makes them, half of these with noise added, one third as the U-Net draws them again."""
-    data, vae = Captioned(), AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+    data, vae = Captioned(), load_part(AutoencoderKL, out / "vae", torch_dtype=torch.float32).to(memory_format=torch.channels_last)
     pixels, scale = data.pixels(), vae.config.scaling_factor
     mean, std = latent_moments(vae, pixels)
     redrawn = redrawn_latents(out, mean, data.captions)
@@ -327,7 +328,7 @@ def pretrain_language(out, runs, steps=1700, batch=40, length=128, seed=0, progr
     order = np.random.default_rng(seed).permutation(len(texts))
     stream = pack([encode_text(tokenizer, texts[i]) for i in order], 1, 2)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(Path(init) / "language").float() if init else LlamaForCausalLM(llama_config(len(tokenizer)))
+    model = load_part(LlamaForCausalLM, Path(init) / "language").float() if init else LlamaForCausalLM(llama_config(len(tokenizer)))
 
     def loss_of_step(model, step, generator):
         start = torch.randint(len(stream) - length, (batch, 1), generator=generator)
@@ -344,9 +345,12 @@ def keep_record(path, part, history):
 
     `history`: the rows of one call of `fit`, or of several, one after the other: each counts its own steps and seconds."""
     ends = [row for row, after in zip(history, history[1:] + [{"step": 0}]) if after["step"] == 0]
-    made = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        made = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it, the parts beside it stay as they are") from error
     made[part] = {"steps": len(history), "seconds": round(sum(row["seconds"] for row in ends), 1)}
-    path.write_text(json.dumps(made, indent=1) + "\n")
+    write_text(path, json.dumps(made, indent=1) + "\n")
 
 # %% ../nbs/12_pretraining.ipynb #f29cf19d
 PARTS = ("tokenizer", "clip", "vae", "language", "judge", "unet", "decoder")  # in the order of need
@@ -388,7 +392,7 @@ def measure_language_part(parts):
     counts = torch.bincount(packed(train[::10]), minlength=len(tokenizer)) + 1
     stream = packed(held)
     windows = stream[:len(stream) // 128 * 128].view(-1, 128)[:200]
-    model = LlamaForCausalLM.from_pretrained(parts / "language").float().eval()
+    model = load_part(LlamaForCausalLM, parts / "language").float().eval()
     found = interval([next_token_loss(model, window[None]).item() for window in windows])
     unigram = -(counts / counts.sum()).log()[windows[:, 1:]].mean().item()
     return {"perplexity": {key: value if key == "n" else math.exp(value) for key, value in found.items()}, "unigram": math.exp(unigram)}
@@ -398,7 +402,7 @@ def measure_language_part(parts):
 def measure_clip_part(parts, captions, names, pixels):
     """Whose caption is nearest to the picture: among all captions given (`retrieval_at_1`), and among the four styles of the right concept
     (`style_at_1`)?"""
-    tokenizer, clip = load_tokenizer(parts), CLIPModel.from_pretrained(parts / "clip").float().eval()
+    tokenizer, clip = load_tokenizer(parts), load_part(CLIPModel, parts / "clip").float().eval()
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)
     image = unit(clip.visual_projection(clip.vision_model(pixel_values=clip_normalize(to_unit(pixels))).pooler_output))
     text = lambda texts: unit(text_embeds(clip, *caption_ids(tokenizer, texts)))
@@ -416,7 +420,7 @@ def psnr(restored, pictures):
 @torch.no_grad()
 def measure_vae_part(parts, pixels):
     """How well do pictures survive the way through the latents? Baseline: the mean of the very pictures that are measured."""
-    vae, x = AutoencoderKL.from_pretrained(parts / "vae").float().eval(), to_unit(pixels)
+    vae, x = load_part(AutoencoderKL, parts / "vae").float().eval(), to_unit(pixels)
     restored = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in x.split(50)])
     return {"psnr": interval(psnr(restored, x).tolist()), "mean_picture": interval(psnr(x.mean(0, keepdim=True).expand_as(x), x).tolist())}
 
@@ -434,10 +438,10 @@ def measure_judge_part(parts, world):
 @torch.no_grad()
 def measure_unet_part(parts, world, n=32):
     """The judge's verdict on `n` drawings of training wishes, prompted by CLIP's text encoder; and on the same drawings for exchanged wishes."""
-    load = lambda cls, name: cls.from_pretrained(parts / name, torch_dtype=torch.float32).eval()
+    load = lambda cls, name: load_part(cls, parts / name, torch_dtype=torch.float32).eval()
     painter = SimpleNamespace(unet=load(UNet2DConditionModel, "unet"), vae=load(AutoencoderKL, "vae"),
                               scheduler=DDPMScheduler.from_pretrained(parts / "scheduler"))
-    clip, asked = CLIPModel.from_pretrained(parts / "clip").float().eval(), wishes(world, "train", n)
+    clip, asked = load_part(CLIPModel, parts / "clip").float().eval(), wishes(world, "train", n)
     pictures = draw_from_text_encoder(painter, clip, SimpleNamespace(tokenizer=load_tokenizer(parts)), [caption(*wish) for wish in asked])
     judge = load_judge(parts / "judge")
     return {**score_creation(judge, world, pictures, asked), "exchanged": score_creation(judge, world, pictures, asked[1:] + asked[:1])}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'train_tokenizer', 'encode_text', 'caption_ids', 'Sequence', 'SlotLayout', 'collate',
-           'DreamLLMProcessor', 'later']
+           'DreamLLMProcessor', 'read_tokenizer', 'later']
 
 # %% ../nbs/02_tokenization.ipynb #873fbed8
 import functools
@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-from .documents import Document, Dream, picture_tensor
+from .documents import Document, Dream, cut_strip, picture_tensor, write_folder
 
 # %% ../nbs/02_tokenization.ipynb #fb674c4d
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<dream_start>", "<dream_query>", "<dream_end>", "<image_start>", "<image_patch>", "<image_end>")
@@ -143,7 +143,7 @@ class DreamLLMProcessor(ProcessorMixin):
 
     def pixels(self, pictures):
         """PIL pictures -> CLIP-normalised float32 [n, 3, S, S]."""
-        return self.image_processor([p.convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"]
+        return self.image_processor([cut_strip(p) for p in pictures], return_tensors="pt")["pixel_values"]
 
     def __call__(self, documents, truncate=True, add_eos=True):
         """One document or a list -> `BatchFeature`: `input_ids`, `attention_mask`, `labels` [B, T], and where there are pictures
@@ -167,6 +167,28 @@ class DreamLLMProcessor(ProcessorMixin):
     def decode(self, ids):
         """Text of token ids; special tokens are left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        """As the library does; `ValueError` for damaged files."""
+        try:
+            return super().from_pretrained(name, *args, **kwargs)
+        except OSError:  # missing: the library says what
+            raise
+        except Exception as error:
+            raise ValueError(f"{name}: the processor's files are damaged or of another kind ({error}); fetch or save them again") from error
+
+    def save_pretrained(self, folder, **kwargs):
+        """As the library does, but written aside: a full disk leaves what was there whole."""
+        write_folder(folder, lambda aside: ProcessorMixin.save_pretrained(self, aside, **kwargs))
+
+
+def read_tokenizer(folder):
+    """A tokenizer that was saved in `folder`; `ValueError` if its files are missing or damaged."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a parser of JSON, the library and its Rust half fail in different ways
+        raise ValueError(f"{folder}: no whole tokenizer there ({error}); fetch or make it again") from error
 
 
 def later(room, name):

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['ALIGN', 'STAGES', 'step_generator', 'learning_rate_at', 'average_into', 'trainable_state', 'load_trainable',
-           'save_state', 'write_checkpoint', 'read_checkpoint', 'update', 'fit', 'Stage', 'set_trainable', 'altered',
-           'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
+           'save_state', 'weights_sum', 'write_checkpoint', 'read_checkpoint', 'update', 'whole_step', 'fit', 'Stage',
+           'set_trainable', 'altered', 'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
 
 # %% ../nbs/10_training.ipynb #63c9d16e
 import copy
 import json
 import math
 import random
+import signal
+import threading
 import time
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .data import World, definition_split, load, read_definitions
-from .documents import picture_tensor
+from .documents import picture_tensor, write_text
 from .language import pack
 from .tokenization import Sequence, collate, encode_text
 from .vision import clip_normalize, erase, jiggle
@@ -81,17 +85,30 @@ def save_state(path, state):
     aside.replace(path)
 
 # %% ../nbs/10_training.ipynb #36e8e912
-def write_checkpoint(path, model, ema, optimizer, history):
-    """All that a later call needs to go on as if nothing had happened, and beside it a log to read."""
+def weights_sum(model):
+    """One number that changes with every bit of every weight, frozen ones too (CRC-32)."""
+    total = 0
+    for name, tensor in model.state_dict().items():
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        total = zlib.crc32(plain.view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return total
+
+
+def write_checkpoint(path, model, ema, optimizer, history, run=None):
+    """All that a later call needs to go on as if nothing had happened, and beside it a log to read. `run`: what the state belongs to, a dict."""
     save_state(path, {"model": trainable_state(model), "ema": trainable_state(ema), "optimizer": optimizer.state_dict(),
-                      "history": history, "step": len(history)})
-    (path.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+                      "history": history, "step": len(history), "run": run or {}})
+    write_text(path.parent / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
-def read_checkpoint(path, model, ema, optimizer):
-    """The inverse of `write_checkpoint`; returns the history: one entry for each step that was made."""
+def read_checkpoint(path, model, ema, optimizer, run=None):
+    """The inverse of `write_checkpoint`; returns the history: one entry for each step that was made. `ValueError` for a damaged state, and for one
+    that belongs to another `run`."""
     try:
         state = torch.load(path, weights_only=True)
+        other = [name for name, value in (state.get("run") or run or {}).items() if value != (run or {}).get(name, value)]
+        if other:
+            raise ValueError(f"belongs to a run with another {' and other '.join(other)}; give a new folder, or delete it to start again")
         load_trainable(model, state["model"])
         load_trainable(ema, state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -114,6 +131,22 @@ def update(accelerator, optimizer, parameters, loss, clip_norm, description="tra
         raise FloatingPointError(f"{description}: the gradient norm is {norm.item()} {hint}")
     optimizer.step()
 
+# %% ../nbs/10_training.ipynb #c670f025
+@contextmanager
+def whole_step():
+    """Ctrl-C waits until the block is done. Threads other than the main one never get the signal, and who ignores it goes on ignoring it."""
+    handler, asked = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *seen: asked.append(seen))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if asked:
+        handler(*asked[0])
+
 # %% ../nbs/10_training.ipynb #2f826921
 def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=100, ema_decay=0.0, weight_decay=0.01,
         clip_norm=1.0, mixed_precision="bf16", compile=False, save_every=500, progress=True, description="training", on_step=None):
@@ -121,15 +154,17 @@ def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=1
 
     `loss_of_step(model, step, generator)` -> dict of scalars with the key `loss`. With `folder`, the state is saved every
     `save_every` steps and on Ctrl-C, and a second call goes on from there. Returns `(weights, history)`: the EMA copy of the model
-    (the model itself when `ema_decay` is 0) and one dict of floats a step. Raises `FloatingPointError` on a loss that is not finite."""
+    (the model itself when `ema_decay` is 0) and one dict of floats a step. Raises `FloatingPointError` on a loss that is not finite, and `ValueError`
+    when the state in `folder` is damaged or belongs to a run with another seed or other starting weights."""
     if mixed_precision not in ("bf16", "no"):
         raise ValueError(f"mixed_precision={mixed_precision!r}: use 'bf16' or 'no'")
+    run = {"seed": seed, "starting weights": weights_sum(model)}
     accelerator = Accelerator(cpu=True)  # batches are made on the CPU: the model must not move to a GPU on its own
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema = copy.deepcopy(model) if ema_decay else model
     path = Path(folder) / "state.pt" if folder else None
-    history = read_checkpoint(path, model, ema, optimizer) if path and path.exists() else []
+    history = read_checkpoint(path, model, ema, optimizer, run) if path and path.exists() else []
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     runner = torch.compile(model) if compile else model  # shares the weights; worth a minute's wait only in long runs, needs a C++ compiler
@@ -139,23 +174,24 @@ def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=1
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
-            # Here only: the model leaves this loop as it came. On short sequences the CPU's fused attention takes five times as long backwards
-            # as plain matrix products: a U-Net step at 8x8 is 1.6 times as fast without it, CLIP's twice, a language model's the same.
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"), sdpa_kernel(SDPBackend.MATH):
-                losses = loss_of_step(runner, step, step_generator(seed, step))
-            update(accelerator, optimizer, parameters, losses["loss"], clip_norm, description, step)
-            if ema_decay:
-                average_into(ema, model, min(ema_decay, (1 + step) / (10 + step)))
-            history.append({"step": step, **{k: v.item() for k, v in losses.items()}, "seconds": round(time.time() - began, 2)})
+            with whole_step():
+                # Here only: the model leaves this loop as it came. On short sequences the CPU's fused attention takes five times as long backwards
+                # as plain matrix products: a U-Net step at 8x8 is 1.6 times as fast without it, CLIP's twice, a language model's the same.
+                with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"), sdpa_kernel(SDPBackend.MATH):
+                    losses = loss_of_step(runner, step, step_generator(seed, step))
+                update(accelerator, optimizer, parameters, losses["loss"], clip_norm, description, step)
+                if ema_decay:
+                    average_into(ema, model, min(ema_decay, (1 + step) / (10 + step)))
+                history.append({"step": step, **{k: v.item() for k, v in losses.items()}, "seconds": round(time.time() - began, 2)})
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{sum(h['loss'] for h in history[-20:]) / len(history[-20:]):.4f}")
             if on_step:
                 on_step(step, ema)
             if path and ((step + 1) % save_every == 0 or step + 1 == steps):
-                write_checkpoint(path, model, ema, optimizer, history)
+                write_checkpoint(path, model, ema, optimizer, history, run)
     except KeyboardInterrupt:
         if path:
-            write_checkpoint(path, model, ema, optimizer, history)
+            write_checkpoint(path, model, ema, optimizer, history, run)
         where = f"; run the same command again to go on from {path}" if path else ""
         raise KeyboardInterrupt(f"{description} stopped after {len(history)} of {steps} steps{where}") from None
     return ema.eval(), history
@@ -303,7 +339,7 @@ class Mixture:
         """Model inputs of `size` documents of one kind (a third as many of articles and definitions, which are three times as long)."""
         kinds = list(weights)
         kind = kinds[torch.multinomial(torch.tensor([float(weights[k]) for k in kinds]), 1, generator=generator)]
-        size = size // 3 if kind in ("articles", "definitions") else size
+        size = max(1, size // 3) if kind in ("articles", "definitions") else size
         rows = [self.rows[kind][i] for i in torch.randint(len(self.rows[kind]), (size,), generator=generator)]
         if not read_last:
             rows = [cut_last_picture(row, self.block) for row in rows]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -53,16 +54,22 @@ def refused(arguments, capsys, *words):
 
 # ---------------------------------------------------------------- help
 
+def children_seconds():
+    """Processor seconds of the commands that have ended: a busy machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_reads_well_and_answers_at_once(tmp_path):
     for command in ("", *COMMANDS):
-        began = time.process_time()
+        began = children_seconds()
         run = run_command(*([command] if command else []), "--help", cwd=tmp_path)
         assert run.returncode == 0 and run.stderr == "" and run.stdout.startswith("usage: dreamllm-edu"), command
         for word in COMMANDS.get(command, COMMANDS):
             assert word in run.stdout, f"{command} --help does not tell of {word}"
         assert "None" not in run.stdout and "==SUPPRESS==" not in run.stdout
         assert not command or "example: dreamllm-edu" in run.stdout or "| dreamllm-edu" in run.stdout
-        assert time.process_time() - began < 5
+        assert 0 < children_seconds() - began < 5
     assert not list(tmp_path.iterdir())
 
 

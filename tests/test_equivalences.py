@@ -349,6 +349,11 @@ def losses_of(history):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
+def forget_the_run(path):
+    """A state as former versions wrote it, which does not say what it belongs to."""
+    torch.save({**torch.load(path, weights_only=True), "run": {}}, path)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_resumed_training_is_uninterrupted_training(precision, processor, tmp_path):
     """DreamLLM, bit for bit: weights, average, losses; stopped between two saves, and after one."""
@@ -362,9 +367,13 @@ def test_resumed_training_is_uninterrupted_training(precision, processor, tmp_pa
     interrupted.at, strange = 4, make_tiny()
     with torch.no_grad():
         for value in trainable_state(strange).values():
-            value.add_(1)  # another start: everything that trains comes from the folder
+            value.add_(1)  # another start
+    with pytest.raises(ValueError, match="another starting weights"):
+        fit(strange, interrupted, folder=tmp_path / "parts", **options)
+    forget_the_run(tmp_path / "parts" / "state.pt")
     with pytest.raises(KeyboardInterrupt, match="4 of 6"):
         fit(strange, interrupted, folder=tmp_path / "parts", **options)
+    forget_the_run(tmp_path / "parts" / "state.pt")  # equal in the end: everything that trains comes from the folder
     again_model = make_tiny()
     again, again_history = fit(again_model, loss, folder=tmp_path / "parts", **options)
     assert losses_of(again_history) == losses_of(history) and [row["step"] for row in history] == list(range(6))

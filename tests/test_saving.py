@@ -1,0 +1,282 @@
+"""What is saved is whole, belongs together and comes back; a run that is stopped anywhere goes on as if nothing had happened."""
+import json
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import full_disk, make_tiny, picture
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, LlamaForCausalLM
+
+import dreamllm_edu.demo
+import dreamllm_edu.evaluation
+import dreamllm_edu.training
+from dreamllm_edu.cli import main
+from dreamllm_edu.documents import Document, Dream, document_from_markdown
+from dreamllm_edu.model import WEIGHTS, DreamLLM, load_part, load_trained, save_trained
+from dreamllm_edu.pretraining import keep_record
+from dreamllm_edu.tokenization import DreamLLMProcessor, read_tokenizer
+from dreamllm_edu.training import fit, weights_sum
+
+
+# ---------------------------------------------------------------- a stopped run
+
+class Net(torch.nn.Module):
+    """With a batch norm, whose counts a forward pass changes."""
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.norm, self.b = torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)).relu())
+
+
+def loss_of_step(model, step, generator):
+    x = torch.randn(16, 3, generator=generator)
+    return {"loss": (model(x).float() - x.sum(1, keepdim=True)).square().mean()}
+
+
+def run(folder=None, seed=0, weights=0):
+    return fit(Net(weights), loss_of_step, 8, 1e-2, folder=folder, seed=seed, warmup=2, ema_decay=0.9, mixed_precision="no", progress=False)
+
+
+@pytest.mark.parametrize("where", ["loss_of_step", "update", "average_into"])
+def test_ctrl_c_anywhere_in_a_step_resumes_to_the_last_bit(where, tmp_path, monkeypatch):
+    whole, history = run()
+    calls, module = [], globals() if where == "loss_of_step" else vars(dreamllm_edu.training)
+    real = module[where]
+
+    def interrupted(*args, **kwargs):
+        found = real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setitem(module, where, interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="after 4 of 8 steps"):
+            run(tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler that was there is back"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    again, resumed = run(tmp_path)
+    assert [r["loss"] for r in history] == [r["loss"] for r in resumed]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_who_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with dreamllm_edu.training.whole_step():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_state_is_not_taken_for_another_run(tmp_path):
+    run(tmp_path)
+    state = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match="another seed; give a new folder"):
+        run(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="another starting weights"):
+        run(tmp_path, weights=1)
+    assert (tmp_path / "state.pt").read_bytes() == state
+    run(tmp_path)
+    old = torch.load(tmp_path / "state.pt")
+    torch.save({k: v for k, v in old.items() if k != "run"}, tmp_path / "state.pt")
+    run(tmp_path, seed=1)  # a state of former versions does not say; it is believed
+
+
+def test_the_sum_of_weights_sees_one_bit_a_name_and_a_frozen_weight():
+    net = Net()
+    sums = {weights_sum(net), weights_sum(torch.nn.ModuleDict({"other": net}))}
+    net.a.requires_grad_(False)
+    assert weights_sum(net) in sums
+    with torch.no_grad():
+        net.a.bias[0] = torch.nextafter(net.a.bias[0], torch.tensor(9.0))
+    sums.add(weights_sum(net))
+    net.norm.num_batches_tracked += 1
+    assert len(sums | {weights_sum(net)}) == 4
+
+
+def test_a_batch_of_two_holds_one_article(processor, world):
+    mixture = dreamllm_edu.training.Mixture(processor, world, ["definitions"])
+    assert mixture.batch({"definitions": 1.0}, 2, None, torch.Generator())["input_ids"].shape[0] == 1
+
+
+# ---------------------------------------------------------------- models
+
+def test_a_head_that_is_not_tied_is_kept(tmp_path):
+    def loose(seed):
+        model = make_tiny(seed)
+        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+        model.language_model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.language_model.lm_head.weight))
+        return model
+    first, second = loose(1), loose(2)
+    save_trained(first, tmp_path / "t.safetensors")
+    load_trained(second, tmp_path / "t.safetensors")
+    assert torch.equal(second.language_model.lm_head.weight, first.language_model.lm_head.weight.half().float())
+
+
+@pytest.mark.parametrize("sizes", [(None, "200KB"), ("200KB", None), ("200KB", "100KB")])
+def test_the_newest_save_is_the_one_that_is_loaded(sizes, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for seed, size in enumerate(sizes):
+        make_tiny(seed).save_pretrained(tmp_path, **({"max_shard_size": size} if size else {}))
+    again = DreamLLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), make_tiny(1).state_dict().values()))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [lambda folder: DreamLLM.from_pretrained(folder, dtype=torch.bfloat16), lambda folder: DreamLLM.from_pretrained(folder).to(torch.bfloat16)])
+def test_a_half_precision_model_draws(make, tmp_path, processor):
+    make_tiny(3).save_pretrained(tmp_path)
+    model = make(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    answer = model.generate(Document(["a cat:", Dream(), picture(1)]), processor, max_new_tokens=2, num_inference_steps=2)
+    assert len(answer.pictures) >= 2
+
+
+def test_the_miniature_comes_in_the_precision_that_is_asked_for():
+    model, info = DreamLLM.from_pretrained("mini", dtype="bfloat16", output_loading_info=True)
+    assert model.dtype == torch.bfloat16 and not any(info.values())
+    assert DreamLLM.from_pretrained("mini", dtype="auto").dtype == torch.float32
+
+
+def test_a_part_without_all_its_tensors_is_not_used(tmp_path, capsys):
+    shutil.copytree(WEIGHTS / "mini", tmp_path / "parts", ignore=shutil.ignore_patterns("dreamllm"))
+    path = tmp_path / "parts" / "language" / "model.safetensors"
+    whole = load_file(path)
+    save_file({k: v for k, v in whole.items() if ".layers.2." not in k}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="language.*tensors are missing"):
+        load_part(LlamaForCausalLM, path.parent)
+    assert main(["evaluate", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "m.json")]) == 1
+    assert "tensors are missing" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main(["evaluate", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "m.json")]) == 1
+    assert "damaged or cut off" in capsys.readouterr().err and not (tmp_path / "m.json").exists()
+    path = tmp_path / "parts" / "clip" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main(["pretrain", "unet", "--out", str(tmp_path / "parts"), "--runs", str(tmp_path / "work"), "--steps", "1"]) == 1
+    assert "clip" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- a full disk, a cut download
+
+def test_a_full_disk_leaves_metrics_records_and_processors_whole(tmp_path, monkeypatch, processor):
+    found = ({"creation": list(range(5000))}, {"x": 1})
+    monkeypatch.setattr(dreamllm_edu.demo, "full_measure", lambda *a, **k: found)
+    old = json.dumps({"old": list(range(2000))})
+    (tmp_path / "metrics.json").write_text(old)
+    keep_record(tmp_path / "record.json", "vae", [{"step": 0, "seconds": 1.0}])
+    record = (tmp_path / "record.json").read_text()
+    processor.save_pretrained(tmp_path / "processor")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "processor").iterdir()}
+    with full_disk(4096):
+        code = main(["evaluate", "--out", str(tmp_path / "metrics.json")])
+    with full_disk(40), pytest.raises(OSError, match="untouched"):
+        keep_record(tmp_path / "record.json", "unet", [{"step": 0, "seconds": 1.0}])
+    with full_disk(4096), pytest.raises(OSError, match="untouched"):
+        processor.save_pretrained(tmp_path / "processor")
+    assert code == 1 and (tmp_path / "metrics.json").read_text() == old and (tmp_path / "record.json").read_text() == record
+    assert {p.name: p.read_bytes() for p in (tmp_path / "processor").iterdir()} == before
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "record.json", "processor"}, "nothing is left lying beside"
+
+
+def test_a_damaged_record_or_tokenizer_is_named(tmp_path, processor):
+    (tmp_path / "record.json").write_text("")
+    with pytest.raises(ValueError, match="record.json: damaged .*delete it"):
+        keep_record(tmp_path / "record.json", "vae", [{"step": 0, "seconds": 1.0}])
+    processor.save_pretrained(tmp_path / "p")
+    assert DreamLLMProcessor.from_pretrained(tmp_path / "p").max_length == processor.max_length
+    cut = tmp_path / "p" / "tokenizer.json"
+    cut.write_text(cut.read_text()[:1000])
+    for load in (read_tokenizer, DreamLLMProcessor.from_pretrained):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'p'}: .*"):
+            load(tmp_path / "p")
+
+
+def test_evaluate_and_generate_refuse_a_folder_as_file_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dreamllm_edu.demo, "full_measure", lambda *a, **k: pytest.fail("it measured first"))
+    (tmp_path / "results.html").mkdir()
+    (tmp_path / "p.md").write_text("a cat")
+    for command in (["evaluate"], ["generate", str(tmp_path / "p.md")]):
+        assert main([*command, "--out", str(tmp_path / "results.html")]) == 1
+        assert "is a folder; name a file" in capsys.readouterr().err
+
+
+def test_more_scenes_than_there_are_is_no_error(monkeypatch, world):
+    judge = lambda x: (torch.zeros(len(x), 821), torch.zeros(len(x), 5))
+    monkeypatch.setattr(dreamllm_edu.evaluation, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
+    monkeypatch.setattr(dreamllm_edu.evaluation, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
+    found = dreamllm_edu.evaluation.measure_tasks(None, None, judge, world, 301)
+    assert 0 < found["scenes"]["relation"]["n"] <= 301
+
+
+# ---------------------------------------------------------------- pictures
+
+def test_a_strip_is_read_without_filling_the_memory(processor):
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    strip = Image.new("RGB", (1, 300_000), "red")  # scaled as a whole: 19,200,000 pixels high, 3.7 GB and more
+    assert processor.pixels([strip, strip.transpose(Image.Transpose.ROTATE_90)]).shape[:2] == (2, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 500_000  # kB
+
+
+@pytest.mark.parametrize("source", ["my cat.png", "<my cat.png>", "my%20cat.png", 'my cat.png "a cat"', "my cat.png 'a cat'", " my cat.png "])
+def test_pictures_with_spaces_and_titles_are_pictures(source, tmp_path):
+    picture(1).save(tmp_path / "my cat.png")
+    found = document_from_markdown(f"see ![a]({source}) there", tmp_path)
+    assert found.texts == ["see ", " there"] and len(found.pictures) == 1
+
+
+def test_a_name_with_brackets_or_percent_signs_is_a_name(tmp_path):
+    for name in ("cat(1).png", "100%25.png", "it's.png"):
+        picture(1).save(tmp_path / name)
+        assert len(document_from_markdown(f"![]({name})", tmp_path).pictures) == 1
+    with pytest.raises(ValueError, match="no such file"):
+        document_from_markdown("![](gone cat.png)", tmp_path)
+
+
+def test_a_long_hostile_markdown_is_read_in_time():
+    for text in ("![](" + "(" * 20_000, "![" * 20_000, "![](" * 5_000 + " " * 20_000, "![](" + "a" * 200_000):
+        assert document_from_markdown(text).text == text
+
+
+def test_two_documents_share_a_folder(tmp_path):
+    first, second = Document(["a", picture(1)]), Document(["b", picture(2)])
+    told = [d.to_markdown(tmp_path) for d in (first, second, first)]
+    assert told[0] == told[2] != told[1]
+    assert [document_from_markdown(t, tmp_path) for t in told] == [first, second, first]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---------------------------------------------------------------- generate's options
+
+def test_a_generation_config_that_says_nothing_of_sampling_leaves_the_temperature(trained, processor):
+    ask = lambda seed, **more: trained.generate(Document(["a cat"]), processor, max_new_tokens=8, max_pictures=0, seed=seed, **more).text
+    plain = [ask(seed, temperature=2.0) for seed in range(4)]
+    config = GenerationConfig(max_new_tokens=8)
+    assert config.do_sample is None and [ask(seed, temperature=2.0, generation_config=config) for seed in range(4)] == plain and len(set(plain)) > 1
+    assert len({ask(seed, temperature=2.0, generation_config=GenerationConfig(max_new_tokens=8, do_sample=False)) for seed in range(4)}) == 1
+
+
+def test_numbers_that_float32_cannot_hold(trained, processor):
+    ask = lambda **more: trained.generate(Document(["a cat"]), processor, max_new_tokens=4, max_pictures=0, **more)
+    assert ask(temperature=1e-50) == ask(temperature=0)
+    with pytest.raises(ValueError, match="guidance_scale"):
+        ask(guidance_scale=1e39)
+
+
+def test_a_processor_with_a_longer_context_than_the_model_is_refused(trained, processor):
+    longer = DreamLLMProcessor(processor.image_processor, processor.tokenizer, num_queries=processor.num_queries, num_patches=processor.num_patches,
+                               max_length=trained.config.text_config.max_position_embeddings + 1)
+    with pytest.raises(ValueError, match="give the processor that max_length"):
+        trained.generate(Document(["a cat"]), longer)
