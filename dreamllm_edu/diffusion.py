@@ -84,7 +84,7 @@ def sample_latents(unet, scheduler, condition, null, guidance_scale=2.0, num_inf
     both = torch.cat([null.expand_as(condition), condition]) if guided else condition
     extra = added(both) if added else {}
     for t in times:
-        out = unet((torch.cat([x, x]) if guided else x).to(unet.dtype), t, encoder_hidden_states=both, **extra).sample.float()
+        out = unet((torch.cat([x, x]) if guided else x).to(getattr(unet, "dtype", x.dtype)), t, encoder_hidden_states=both, **extra).sample.float()
         if guided:
             base, toward = out.chunk(2)
             out = base + guidance_scale * (toward - base)
