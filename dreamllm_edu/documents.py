@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'load_picture', 'to_rgb', 'cut_strip', 'picture_tensor', 'Dream', 'Document', 'picture_to_uri',
-           'picture_from_uri', 'to_json', 'document_from_json', 'write_text', 'write_folder', 'write_jsonl',
-           'read_jsonl', 'save_picture', 'to_markdown', 'picture_source', 'document_from_markdown', 'to_html',
-           'to_slides']
+           'picture_from_uri', 'to_json', 'document_from_json', 'write_file', 'write_text', 'write_folder',
+           'write_jsonl', 'read_jsonl', 'save_picture', 'to_markdown', 'picture_source', 'document_from_markdown',
+           'to_html', 'to_slides']
 
 # %% ../nbs/00_documents.ipynb #5bacaa0e
 import base64
@@ -221,17 +221,22 @@ def document_from_json(line, name="document", folder=None):
     return Document(parts, given, name)
 
 # %% ../nbs/00_documents.ipynb #db507f53
-def write_text(path, text):
-    """Write `text` in UTF-8 to a file beside `path`, then rename it: `OSError`, and what was there is untouched, if that fails."""
+def write_file(path, data):
+    """Write bytes to a file beside `path`, then rename it: `OSError`, and what was there is untouched, if that fails."""
     path = Path(path)
     aside = path.with_name(path.name + ".part")
     try:
-        aside.write_text(text, encoding="utf8", newline="")
+        aside.write_bytes(data)
         aside.replace(path)
     except OSError as error:
         raise OSError(f"could not save {path} ({error}); free some space or name another place, what was there is untouched") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """`write_file` of a text, in UTF-8."""
+    write_file(path, text.encode("utf8"))
 
 
 def write_folder(folder, save):
@@ -247,7 +252,10 @@ def write_folder(folder, save):
             raise
         folder.mkdir(exist_ok=True)
         for path in Path(aside).iterdir():
-            shutil.move(path, folder / path.name)
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                shutil.move(path, folder / path.name)
 
 # %% ../nbs/00_documents.ipynb #6ab19d84
 def write_jsonl(documents, path):
@@ -286,7 +294,7 @@ def save_picture(picture, folder, stem):
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / f"{stem}{f'-{k}' if k else ''}.png" for k in itertools.count()):
         if not path.exists():
-            path.write_bytes(buffer.getvalue())
+            write_file(path, buffer.getvalue())
         if path.read_bytes() == buffer.getvalue():
             return path.name
 

@@ -15,7 +15,7 @@ import dreamllm_edu.demo
 import dreamllm_edu.evaluation
 import dreamllm_edu.training
 from dreamllm_edu.cli import main
-from dreamllm_edu.documents import Document, Dream, document_from_markdown
+from dreamllm_edu.documents import Document, Dream, document_from_markdown, write_folder
 from dreamllm_edu.model import WEIGHTS, DreamLLM, load_part, load_trained, save_trained
 from dreamllm_edu.pretraining import keep_record
 from dreamllm_edu.tokenization import DreamLLMProcessor, read_tokenizer
@@ -280,3 +280,20 @@ def test_a_processor_with_a_longer_context_than_the_model_is_refused(trained, pr
                                max_length=trained.config.text_config.max_position_embeddings + 1)
     with pytest.raises(ValueError, match="give the processor that max_length"):
         trained.generate(Document(["a cat"]), longer)
+
+
+def test_a_folder_within_a_folder_is_saved_twice(tmp_path):
+    for words in ("old", "new"):
+        def save(aside, words=words):
+            (aside / "sub").mkdir()
+            (aside / "sub" / "a.txt").write_text(words)
+        write_folder(tmp_path / "out", save)
+    assert [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.txt")] == ["sub/a.txt"]
+    assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "new"
+
+
+def test_a_full_disk_leaves_no_torn_picture(tmp_path):
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    with full_disk(200), pytest.raises(OSError, match="untouched"):
+        Document(["a", noise]).to_markdown(tmp_path / "pictures")
+    assert not list((tmp_path / "pictures").iterdir())
