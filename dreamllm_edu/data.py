@@ -59,15 +59,15 @@ def definition_split(lines):
     return [line for i, line in enumerate(lines) if i not in held], [lines[i] for i in sorted(held)]
 
 # %% ../nbs/01_data.ipynb #82ddccae
-# The concepts that scenes are composed of: well apart in shape and colour, with a regular plural.
+# The concepts that scenes are composed of: well apart in shape and colour.
 SCENE_NAMES = tuple(
     "cat dog tiger horse cow pig elephant rabbit bear koala chicken penguin owl frog turtle snake whale octopus crab butterfly "
     "rose sunflower cactus mushroom watermelon lemon banana pineapple strawberry tomato carrot pizza hamburger doughnut cookie "
-    "bus tractor bicycle rocket airplane umbrella snowman guitar drum key hammer book candle".replace(" book", " camera").split())
+    "bus tractor bicycle rocket airplane umbrella snowman guitar drum key hammer camera candle".split())
 
 
 def plural(name):
-    """Regular English plural of one word: `bus` -> `buses`, `butterfly` -> `butterflies`."""
+    """Plural of one word by rule: `bus` -> `buses`, `butterfly` -> `butterflies`. Knows no exceptions: `snowman` -> `snowmans`, so the model says it, too."""
     if name.endswith("y") and name[-2] not in "aeiou":
         return name[:-1] + "ies"
     return name + ("es" if name.endswith(("s", "x", "ch", "sh", "to")) else "s")
@@ -327,7 +327,9 @@ def subjects(world, split):
 def load(kind, split="train", world=None):
     """A `datasets.Dataset` of recipes of one kind: `pairs`, `articles`, `dialogues`, `edits`, `subjects` or `scenes`.
 
-    `split`: `train`, `held_out_renderings`, `held_out_concepts` or (pairs only) `held_out_style`. `to_document` turns a row into a `Document`."""
+    `split`: `train`, `held_out_renderings`, `held_out_concepts` or (pairs only) `held_out_style`. Scenes and what is made of them (subjects, the dialogues
+    on count and relation) and articles are held out once, by couple and by class: both held-out splits give the same ones. `to_document` turns a row
+    into a `Document`."""
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
     splits = ("train", "held_out_renderings", "held_out_concepts") + (("held_out_style",) if kind == "pairs" else ())

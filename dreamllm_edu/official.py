@@ -428,7 +428,7 @@ QUIRKS = [  # number, what the official code does, what happens here, why, test
     (29, "loading from the hub leaves the queries random, without a word", "a missing file or tensor is an error", "", "test_bad_checkpoints"),
     (30, "BUG: two configurations share their plugins' options", "nothing is shared", "mutable defaults", "test_two_configurations_share_nothing"),
     (31, "the SDXL path calls functions that do not exist", "text-and-time conditioning works", "", "test_sdxl_conditioning"),
-    (32, "sampling with the training scheduler (DDPM); `eta` is ignored", "`text_to_image` the same; `generate` uses DDIM, `sampler` takes any", "the same seed gives the same picture", "test_five_step_pipelines"),
+    (32, "sampling with the training scheduler (DDPM); `eta` is ignored", "`text_to_image` the same; `generate` uses DDIM, `sampler` takes any that walks along the same noise levels", "the same seed gives the same picture", "test_five_step_pipelines"),
     (33, "prompt: text, then queries from the cache; null: the empty prompt", "same states in one pass", "", "test_prompt_embeddings"),
     (34, "BUG: positions count the padding: a prompt depends on its neighbour's length", "they count real tokens; `compat` as there", "", "test_by_default_a_prompt_does_not_depend_on_its_neighbour"),
     (35, "BUG: of a prompt's pictures only the first is used, with 256 patches", "all, with the model's own number of patches", "", "test_every_picture_of_a_prompt_counts"),

@@ -58,7 +58,7 @@ class Sequence:
 
 # %% ../nbs/02_tokenization.ipynb #cd03a36e
 class SlotLayout:
-    """How parts become tokens (official layout; labels as in the interleaved builder, B:264 and B:284-289):
+    """How parts become tokens (official layout; labels as in the interleaved mode of the official `builder_dreamllm.py`, lines 264 and 284-289):
 
     text -> its tokens, learned · given picture -> `<image_start> N patches <image_end>`, ignored ·
     created picture -> `<dream_start>` (learned) `Q queries <dream_end> <image_start> N patches <image_end>` (ignored)."""
@@ -182,7 +182,7 @@ class DreamLLMProcessor(ProcessorMixin):
         """As the library does, but written aside: a full disk leaves what was there whole."""
         write_folder(folder, lambda aside: ProcessorMixin.save_pretrained(self, aside, **kwargs))
 
-
+# %% ../nbs/02_tokenization.ipynb #4c9f1ad9
 def read_tokenizer(folder):
     """A tokenizer that was saved in `folder`; `ValueError` if its files are missing or damaged."""
     try:

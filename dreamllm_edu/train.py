@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from .corpora import Lane, emoji, lanes_of, open_corpora
-from .documents import Document, picture_tensor
+from .documents import Document, picture_tensor, write_text
 from .losses import draw_timesteps
 from .model import assemble, load_trained, mini, mini_processor
 from .tokenization import DreamLLMProcessor, Sequence
@@ -967,7 +967,7 @@ def report(folder, title="Training report"):
         body.append(f"<h2>after {int(path.stem.split('-')[1])} steps</h2>" + "".join(d.to_html() for d in read_jsonl(path)))
     out = folder / "report.html"
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    out.write_text(page + '<body style="font:16px sans-serif;max-width:72em;margin:auto">' + "\n".join(body) + "</body></html>", encoding="utf8")
+    write_text(out, page + '<body style="font:16px sans-serif;max-width:72em;margin:auto">' + "\n".join(body) + "</body></html>")
     return out
 
 # %% ../nbs/19_full_scale.ipynb #8d9626de

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, PATCHES, QUERIES, ROOT, full_disk, make_tiny, picture
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
-from dreamllm_edu.diffusion import sample_latents
+from dreamllm_edu.diffusion import sample_latents, scheduler_config
 from dreamllm_edu.documents import (MAX_PIXELS, Document, Dream, document_from_json, document_from_markdown, load_picture, read_jsonl, write_jsonl)
 from dreamllm_edu.evaluation import Judge, load_judge
 from dreamllm_edu.model import DreamLLM, assemble, load_trained, save_trained
@@ -509,6 +510,16 @@ def test_a_walk_cannot_begin_before_its_beginning(strength, tiny):
         sample_latents(tiny.unet, tiny.scheduler, words, words, latents=torch.zeros(1, 8, 8, 8), strength=strength)
     with pytest.raises(ValueError, match="given latents"):
         sample_latents(tiny.unet, tiny.scheduler, words, words, strength=0.5)
+
+
+@pytest.mark.parametrize("sampler, message", [
+    (lambda c: DDIMScheduler(), "other noise levels"), (lambda c: DDIMScheduler.from_config(c, num_train_timesteps=500), "other noise levels"),
+    (lambda c: FlowMatchEulerDiscreteScheduler(), "other noise levels"), (lambda c: HeunDiscreteScheduler.from_config(c), "rescale_betas_zero_snr"),
+    (lambda c: DDIMScheduler.from_config(c, prediction_type="epsilon"), "takes answers for epsilon")])
+def test_a_sampler_of_another_world_is_refused(sampler, message, tiny):
+    scheduler, words = DDPMScheduler(**scheduler_config()), torch.zeros(1, 2, tiny.unet.config.cross_attention_dim)
+    with pytest.raises(ValueError, match=message):
+        sample_latents(tiny.unet, scheduler, words, words, sampler=sampler(scheduler.config))
 
 
 def test_no_new_tokens_draws_the_wishes_and_nothing_else(trained, processor):

@@ -1,7 +1,9 @@
 """Two ways to the same result: where they differ, one of them is wrong."""
 import copy
 import json
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
 
-from dreamllm_edu.diffusion import decode_latents, sample_latents, to_pictures
+from dreamllm_edu.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
 from dreamllm_edu.documents import Document, Dream
 from dreamllm_edu.training import FeatureCache, Mixture, Stage, fit, run_stage, set_trainable, trainable_state, train
 
@@ -23,6 +25,11 @@ LOOK = [IMAGE_START] + [PATCH] * PATCHES + [IMAGE_END]
 def far(a, b):
     """Largest difference of two pictures in grey levels."""
     return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def far_from(a, b):
+    """Root of the mean squared difference of two tensors."""
+    return (a - b).square().mean().sqrt().item()
 
 
 def same(a, b, levels=1):
@@ -166,6 +173,46 @@ def test_guidance_is_the_formula(tiny):
     assert torch.allclose(one_step(condition, 0.0), nothing, atol=1e-5)
     assert torch.allclose(one_step(condition, 3.0), nothing + 3 * (alone - nothing), atol=1e-4), "one DDIM step is linear in the U-Net's answer"
     assert not torch.allclose(alone, nothing, atol=1e-3)
+
+
+SAMPLERS = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "PNDM", "UniPCMultistep", "DPMSolverMultistep", "DEISMultistep")
+SAMPLERS_TO_PURE_NOISE = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "UniPCMultistep", "DPMSolverMultistep")
+
+
+class Knowing:
+    """A U-Net that knows the picture `z` and is right about whatever it is shown."""
+    config = SimpleNamespace(sample_size=8, in_channels=4)
+
+    def __init__(self, z, scheduler):
+        self.z, self.scheduler = z, scheduler
+
+    def __call__(self, x, t, encoder_hidden_states):
+        level = torch.as_tensor(np.interp(float(t), np.arange(1000), self.scheduler.alphas_cumprod)).float()
+        a, s = level.sqrt(), (1 - level).sqrt()
+        noise = (x - a * self.z) / s
+        return SimpleNamespace(sample=noise if self.scheduler.config.prediction_type == "epsilon" else a * noise - s * self.z)
+
+
+def test_the_levels_of_the_knowing_network_are_read_right():
+    scheduler = DDPMScheduler(**scheduler_config("epsilon"))
+    z, noise, t = *torch.randn(2, 1, 4, 8, 8), torch.tensor([600])
+    assert torch.allclose(Knowing(z, scheduler)(scheduler.add_noise(z, noise, t), t, None).sample, noise, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize("kind, predicts", [(k, "epsilon") for k in SAMPLERS] + [(k, "v_prediction") for k in SAMPLERS_TO_PURE_NOISE])
+def test_every_sampler_leads_a_network_that_knows_the_picture_there(kind, predicts):
+    """Whether its start and what the network is shown are scaled as it wants them; and again from another picture, noised part of the way."""
+    scheduler, words = DDPMScheduler(**scheduler_config(predicts)), torch.zeros(2, 2, 8)
+    z, other, noise = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    walk = lambda **more: sample_latents(Knowing(z, scheduler), scheduler, words, words, 1.0, 20, torch.Generator().manual_seed(0), noise=noise,
+                                         sampler=getattr(diffusers, f"{kind}Scheduler").from_config(scheduler.config), **more)
+    assert far_from(walk(), z) < 0.05
+    if kind in ("HeunDiscrete", "PNDM"):
+        with pytest.raises(ValueError, match="cannot start at a picture"):
+            walk(latents=other, strength=0.5)
+    else:
+        assert far_from(walk(latents=other, strength=0.5), z) < 0.05
 
 
 # ---------------------------------------------------------------- training inputs
