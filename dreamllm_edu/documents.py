@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'load_picture', 'to_rgb', 'cut_strip', 'picture_tensor', 'Dream', 'Document', 'picture_to_uri',
-           'picture_from_uri', 'to_json', 'document_from_json', 'write_file', 'write_text', 'write_folder',
-           'write_jsonl', 'read_jsonl', 'save_picture', 'to_markdown', 'picture_source', 'document_from_markdown',
-           'to_html', 'to_slides']
+           'picture_from_uri', 'to_json', 'document_from_json', 'write_file', 'write_text', 'let_others_read',
+           'write_folder', 'write_jsonl', 'read_jsonl', 'save_picture', 'to_markdown', 'picture_source',
+           'document_from_markdown', 'to_html', 'to_slides']
 
 # %% ../nbs/00_documents.ipynb #5bacaa0e
 import base64
@@ -14,6 +14,7 @@ import html
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -239,6 +240,13 @@ def write_text(path, text):
     write_file(path, text.encode("utf8"))
 
 
+def let_others_read(path):
+    """Give a file the mode of any new file: safetensors makes its own readable by nobody but their owner."""
+    mask = os.umask(0)  # it can only be read by being set
+    os.umask(mask)
+    Path(path).chmod(0o666 & ~mask)
+
+
 def write_folder(folder, save):
     """`save(aside)` writes into a folder beside; only when it is whole its files take their places in `folder`, where all other files stay."""
     folder = Path(folder)
@@ -251,6 +259,8 @@ def write_folder(folder, save):
                 raise OSError(f"could not save to {folder} ({error}); free some space, what was there is untouched") from error
             raise
         folder.mkdir(exist_ok=True)
+        for path in Path(aside).rglob("*.safetensors"):
+            let_others_read(path)
         for path in Path(aside).iterdir():
             if path.is_dir():
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)

@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from .data import HERE
-from .documents import write_folder
+from .documents import let_others_read, write_folder
 from .losses import denoising_loss, draw_timesteps, min_snr_weights
 from .queries import ConditionProjector, DreamQueries, slots_after, splice
 from .tokenization import DreamLLMProcessor, later, read_tokenizer
@@ -381,6 +381,7 @@ def save_trained(model, path):
     aside = path.with_suffix(".part")
     try:
         save_file({k: v.half().contiguous() for k, v in trained_tensors(model).items()}, aside)
+        let_others_read(aside)
         aside.replace(path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not save {path} ({error}); free some space, what was there is untouched") from error

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from .corpora import Lane, emoji, lanes_of, open_corpora
-from .documents import Document, picture_tensor, write_text
+from .documents import Document, let_others_read, picture_tensor, write_text
 from .losses import draw_timesteps
 from .model import assemble, load_trained, mini, mini_processor
 from .tokenization import DreamLLMProcessor, Sequence
@@ -288,6 +288,7 @@ class FeatureStore:
         aside = self.folder / f"{name}.{os.getpid()}.part"
         try:
             save_file({kind: tensors.to(self.dtype).contiguous()}, aside)
+            let_others_read(aside)
             aside.replace(self.folder / name)
         except (OSError, SafetensorError) as error:
             aside.unlink(missing_ok=True)
@@ -535,6 +536,7 @@ def save_checkpoint(folder, shares, state, keep=3, sharded=False):
             path = aside / f"rank-{rank:05}.safetensors"
             where = {name: (share.first, share.first + len(share.values), share.shape) for name, share in shares.items()}
             save_file({name: share.values.cpu() for name, share in shares.items()}, path, {"shares": json.dumps(where)})
+            let_others_read(path)
             mine = {path.name: [path.stat().st_size, checksum(path)]}
     except (OSError, SafetensorError) as error:
         problem = error
@@ -922,6 +924,7 @@ def save_weights(model, path):
         aside = path.with_suffix(".part")
         try:
             save_file(tensors, aside)
+            let_others_read(aside)
             aside.replace(path)
         except (OSError, SafetensorError) as error:
             aside.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What is saved is whole, belongs together and comes back; a run that is stopped anywhere goes on as if nothing had happened."""
 import json
+import os
 import resource
 import shutil
 import signal
@@ -297,3 +298,19 @@ def test_a_full_disk_leaves_no_torn_picture(tmp_path):
     with full_disk(200), pytest.raises(OSError, match="untouched"):
         Document(["a", noise]).to_markdown(tmp_path / "pictures")
     assert not list((tmp_path / "pictures").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_are_as_readable_as_any_other_file(mask, mode, tmp_path):
+    """A teacher trains, students read: safetensors alone would leave the weights to their owner."""
+    before = os.umask(mask)
+    try:
+        model = make_tiny()
+        model.save_pretrained(tmp_path / "whole")
+        save_trained(model, tmp_path / "trained.safetensors")
+        assert os.umask(mask) == mask, "the mask is left as it was"
+    finally:
+        os.umask(before)
+    made = [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.json")]
+    assert len(made) >= 3 and {oct(path.stat().st_mode & 0o777) for path in made} == {oct(mode)}
