@@ -109,7 +109,7 @@ def plugin_options(raw, folder):
                              "supported, as in every released checkpoint")
     return {"select_layer": -2, **clip}, {"num_dream_queries": 64, **queries}, {"resolution": 512, **head}
 
-
+# %% ../nbs/15_official.ipynb #23b158c3
 def special_ids(raw, folder):
     """Ids of the special tokens: from config.json, else from the tokenizer's added_tokens.json; never by order (quirk 26)."""
     ids = raw.get("special_tokens2ids_dict", {}).get("additional_special_tokens")
@@ -136,7 +136,7 @@ def read_json(path):
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: missing or no JSON; fetch the checkpoint again") from error
 
-
+# %% ../nbs/15_official.ipynb #f6afc736
 def official_config(folder, base=None, **overrides):
     """`DreamLLMConfig` of an official checkpoint; `overrides`: fields of it. No condition dropout unless asked: no official configuration sets it.
 

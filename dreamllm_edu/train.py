@@ -205,7 +205,7 @@ class Steps(IterableDataset):
             items = [self.draw(stream, lane, (i, lane)) for i in range(self.per_lane) for lane, stream in streams.items()]
             yield items, {str(lane): stream.state() for lane, stream in streams.items()}
 
-
+# %% ../nbs/19_full_scale.ipynb #defa7514
 def step_stream(steps, workers=0):
     """Iterate over `(items, states)` of whole steps, in an order that does not depend on the number of `workers`."""
     workers = min(workers, len(steps.mine))
@@ -496,7 +496,7 @@ def checksum(path):
             value = zlib.crc32(piece, value)
     return value
 
-
+# %% ../nbs/19_full_scale.ipynb #e0e0f843
 def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -518,7 +518,7 @@ def everybodys(value):
         dist.all_gather_object(found, value)
     return found
 
-
+# %% ../nbs/19_full_scale.ipynb #026e2f75
 def save_checkpoint(folder, shares, state, keep=3, sharded=False):
     """Write `folder`/step-N, which all ranks must see: this rank's `shares` by name, and `state` (JSON: step, lanes, stage ...). Keeps the last `keep`.
     `OSError` on every rank when one could not write; the checkpoints before stay."""
@@ -1111,7 +1111,7 @@ def start(args):
         raise ValueError("--parallel zero3 with one process: start it with torchrun or accelerate launch, or use single")
     return accelerator, parallel
 
-
+# %% ../nbs/19_full_scale.ipynb #11b11d59
 def initial_weights(args, stages):
     """Where a stage starts: --init, or the weights of the stage before; None for stage I."""
     if args.init or args.stage == 1:
