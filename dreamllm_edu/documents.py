@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'load_picture', 'to_rgb', 'cut_strip', 'picture_tensor', 'Dream', 'Document', 'picture_to_uri',
-           'picture_from_uri', 'to_json', 'document_from_json', 'write_file', 'write_text', 'let_others_read',
-           'write_folder', 'write_jsonl', 'read_jsonl', 'save_picture', 'to_markdown', 'picture_source',
-           'document_from_markdown', 'to_html', 'to_slides']
+           'picture_from_uri', 'to_json', 'document_from_json', 'written_aside', 'write_file', 'write_text',
+           'let_others_read', 'write_tensors', 'write_folder', 'write_jsonl', 'read_jsonl', 'save_picture',
+           'to_markdown', 'picture_source', 'document_from_markdown', 'to_html', 'to_slides']
 
 # %% ../nbs/00_documents.ipynb #5bacaa0e
 import base64
@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 # %% ../nbs/00_documents.ipynb #8aa99473
 MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
@@ -222,17 +224,24 @@ def document_from_json(line, name="document", folder=None):
     return Document(parts, given, name)
 
 # %% ../nbs/00_documents.ipynb #db507f53
-def write_file(path, data):
-    """Write bytes to a file beside `path`, then rename it: `OSError`, and what was there is untouched, if that fails."""
+@contextmanager
+def written_aside(path):
+    """A path beside `path` to write to, renamed when the block is done: `OSError`, and what was there is untouched, if that fails."""
     path = Path(path)
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        aside.write_bytes(data)
+        yield aside
         aside.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"could not save {path} ({error}); free some space or name another place, what was there is untouched") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_file(path, data):
+    """Write bytes aside, then rename."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
 
 
 def write_text(path, text):
@@ -245,6 +254,13 @@ def let_others_read(path):
     mask = os.umask(0)  # it can only be read by being set
     os.umask(mask)
     Path(path).chmod(0o666 & ~mask)
+
+
+def write_tensors(path, tensors):
+    """`write_file` of a dictionary of tensors, as safetensors."""
+    with written_aside(path) as aside:
+        save_file(tensors, aside)
+        let_others_read(aside)
 
 
 def write_folder(folder, save):
@@ -270,15 +286,9 @@ def write_folder(folder, save):
 # %% ../nbs/00_documents.ipynb #6ab19d84
 def write_jsonl(documents, path):
     """One document a line; written aside and renamed, so that a full disk leaves the old file whole."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    try:
-        with aside.open("w", encoding="utf8") as file:
-            for document in documents:
-                file.write(document.to_json() + "\n")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, aside.open("w", encoding="utf8") as file:
+        for document in documents:
+            file.write(document.to_json() + "\n")
 
 
 def read_jsonl(path, strict=True, report=None):

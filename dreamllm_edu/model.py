@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM,
                           PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast)
@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from .data import HERE
-from .documents import let_others_read, write_folder
+from .documents import write_folder, write_tensors
 from .losses import denoising_loss, draw_timesteps, min_snr_weights
 from .queries import ConditionProjector, DreamQueries, slots_after, splice
 from .tokenization import DreamLLMProcessor, later, read_tokenizer
@@ -378,15 +378,7 @@ def save_trained(model, path):
     """The inverse of `load_trained`, in half precision, written aside and renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    try:
-        save_file({k: v.half().contiguous() for k, v in trained_tensors(model).items()}, aside)
-        let_others_read(aside)
-        aside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not save {path} ({error}); free some space, what was there is untouched") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    write_tensors(path, {k: v.half().contiguous() for k, v in trained_tensors(model).items()})
 
 # %% ../nbs/08_model.ipynb #3259aa93
 MARKS = {"tokenizer": "tokenizer.json", "language": "config.json", "clip": "config.json", "vae": "config.json", "unet": "config.json",

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from .corpora import Lane, emoji, lanes_of, open_corpora
-from .documents import Document, let_others_read, picture_tensor, write_text
+from .documents import Document, let_others_read, picture_tensor, write_tensors, write_text
 from .losses import draw_timesteps
 from .model import assemble, load_trained, mini, mini_processor
 from .tokenization import DreamLLMProcessor, Sequence
@@ -285,14 +285,7 @@ class FeatureStore:
     def add(self, kind, keys, tensors):
         """Store `tensors` [n, ...] of pictures `keys`: first the file, whole, then its rows in the index."""
         name = f"{kind}-{sha256(''.join(keys).encode()).hexdigest()[:16]}.safetensors"
-        aside = self.folder / f"{name}.{os.getpid()}.part"
-        try:
-            save_file({kind: tensors.to(self.dtype).contiguous()}, aside)
-            let_others_read(aside)
-            aside.replace(self.folder / name)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise OSError(f"could not save features to {self.folder} ({error}); free some space, what is there stays usable") from error
+        write_tensors(self.folder / name, {kind: tensors.to(self.dtype).contiguous()})
         with self.connect() as index:
             index.executemany("insert or ignore into rows values (?, ?, ?, ?)", [(kind, key, name, i) for i, key in enumerate(keys)])
 
@@ -921,14 +914,7 @@ def save_weights(model, path):
     if rank == 0:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        try:
-            save_file(tensors, aside)
-            let_others_read(aside)
-            aside.replace(path)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise OSError(f"could not save {path} ({error}); free some space, the checkpoints are untouched") from error
+        write_tensors(path, tensors)
     agree(0.0)
 
 # %% ../nbs/19_full_scale.ipynb #a0447985

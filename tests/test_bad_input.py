@@ -731,6 +731,7 @@ def test_full_disk_leaves_the_old_documents(tmp_path):
 
 def test_any_refused_write_leaves_the_old_files(tmp_path, monkeypatch):
     """The same, with the error put in by hand: it also covers systems whose full disk looks different."""
+    import dreamllm_edu.documents
     import dreamllm_edu.model
     import dreamllm_edu.training
 
@@ -742,7 +743,7 @@ def test_any_refused_write_leaves_the_old_files(tmp_path, monkeypatch):
     save_trained(make_tiny(1), tmp_path / "t.safetensors")
     before = fingerprint(tmp_path)
     monkeypatch.setattr(dreamllm_edu.training.torch, "save", refuse)
-    monkeypatch.setattr(dreamllm_edu.model, "save_file", refuse)
+    monkeypatch.setattr(dreamllm_edu.documents, "save_file", refuse)
     monkeypatch.setattr(dreamllm_edu.model.PreTrainedModel, "save_pretrained", refuse)
     for job in (lambda: save_state(tmp_path / "state.pt", {"step": 2}), lambda: save_trained(make_tiny(2), tmp_path / "t.safetensors"), lambda: make_tiny(2).save_pretrained(tmp_path / "a")):
         with pytest.raises(OSError, match="No space left"):

@@ -184,9 +184,10 @@ class Knowing:
     config = SimpleNamespace(sample_size=8, in_channels=4)
 
     def __init__(self, z, scheduler):
-        self.z, self.scheduler = z, scheduler
+        self.z, self.scheduler, self.spread = z, scheduler, []
 
     def __call__(self, x, t, encoder_hidden_states):
+        self.spread.append(x.std().item())
         level = torch.as_tensor(np.interp(float(t), np.arange(1000), self.scheduler.alphas_cumprod)).float()
         a, s = level.sqrt(), (1 - level).sqrt()
         noise = (x - a * self.z) / s
@@ -205,9 +206,11 @@ def test_every_sampler_leads_a_network_that_knows_the_picture_there(kind, predic
     """Whether its start and what the network is shown are scaled as it wants them; and again from another picture, noised part of the way."""
     scheduler, words = DDPMScheduler(**scheduler_config(predicts)), torch.zeros(2, 2, 8)
     z, other, noise = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    walk = lambda **more: sample_latents(Knowing(z, scheduler), scheduler, words, words, 1.0, 20, torch.Generator().manual_seed(0), noise=noise,
+    knowing = Knowing(z, scheduler)
+    walk = lambda **more: sample_latents(knowing, scheduler, words, words, 1.0, 20, torch.Generator().manual_seed(1), noise=noise,
                                          sampler=getattr(diffusers, f"{kind}Scheduler").from_config(scheduler.config), **more)
     assert far_from(walk(), z) < 0.05
+    assert 0.8 < min(knowing.spread) and max(knowing.spread) < 1.25, "z and noise spread by 1, so all that is shown does; who knows z forgives a wrong start"
     if kind in ("HeunDiscrete", "PNDM"):
         with pytest.raises(ValueError, match="cannot start at a picture"):
             walk(latents=other, strength=0.5)
