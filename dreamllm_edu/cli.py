@@ -73,9 +73,9 @@ def add_using(command):
     p.add_argument("--num-inference-steps", type=int, default=20, metavar="N", help="denoising steps of a picture")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same document")
     p = command("evaluate", "measure the miniature on held-out data, with baselines and intervals", "dreamllm-edu evaluate --trained .runs/mini/trained.safetensors")
-    p.add_argument("--trained", type=Path, metavar="FILE", help="a trained.safetensors instead of the shipped one")
+    p.add_argument("--trained", type=Path, metavar="FILE", help="a trained.safetensors instead of the shipped one; if it was trained on other parts than the shipped, name them with --parts")
     p.add_argument("--parts", type=Path, nargs="?", const="shipped", metavar="FOLDER",
-                   help="measure pretrained parts instead, those of a folder or, without one, the shipped ones; --trained and --n do not count then")
+                   help="with --trained: the parts that it was trained on; alone: measure the parts themselves, those of a folder or, without one, the shipped ones (--n does not count then)")
     p.add_argument("--out", type=Path, default=Path("metrics.json"), metavar="FILE", help="where the numbers go")
     p.add_argument("--n", type=count, default=150, metavar="N", help="drawings for each metric")
 
@@ -142,7 +142,7 @@ def run_pretrain(args):
 
 def run_train(args):
     from dreamllm_edu.documents import write_text
-    from dreamllm_edu.model import load_trained, mini, mini_processor, save_trained
+    from dreamllm_edu.model import check_parts, load_trained, mini, mini_processor, save_trained
     from dreamllm_edu.training import STAGES, train
 
     stages = STAGES[args.scale][:args.steps and len(args.steps)]
@@ -151,6 +151,7 @@ def run_train(args):
     model = mini(trained=False, parts=args.parts)
     if args.init:
         load_trained(model, args.init)
+        check_parts(model, args.init)
     args.out.mkdir(parents=True, exist_ok=True)  # before the minutes of training, not after
     def keep(stage, model, history):
         save_trained(model, args.out / f"{stage.name}.safetensors")
@@ -168,8 +169,8 @@ def run_generate(args):
 
     if args.out.suffix not in (".html", ".md", ".jsonl"):
         raise ValueError(f"{args.out}: name a .html, .md or .jsonl file")
-    make_room(args.out)
     prompts = read_prompts(args.document)
+    make_room(args.out)
     def tell(i, part):
         print(part if isinstance(part, str) else "\n[picture]\n", end="", flush=True)
     folder = Path(args.model)
@@ -202,16 +203,20 @@ def run_evaluate(args):
     from dreamllm_edu.demo import full_measure
     from dreamllm_edu.documents import write_text
     from dreamllm_edu.evaluation import load_judge
-    from dreamllm_edu.model import WEIGHTS, load_trained, mini, mini_processor, parts_folder
+    from dreamllm_edu.model import WEIGHTS, check_parts, load_trained, mini, mini_processor, parts_folder
 
     make_room(args.out)
-    if args.parts:
+    parts = parts_folder(None if args.parts is None or str(args.parts) == "shipped" else args.parts)
+    if args.parts and not args.trained:
         from dreamllm_edu.pretraining import measure_parts
-        found = measure_parts(parts_folder(None if str(args.parts) == "shipped" else args.parts))
-        write_text(args.out, json.dumps(found, indent=1))
+        write_text(args.out, json.dumps(measure_parts(parts), indent=1))
         return print(f"metrics of the parts: {args.out}")
-    model = load_trained(mini(trained=False), args.trained) if args.trained else mini()
-    metrics, seconds = full_measure(model, mini_processor(), load_judge(WEIGHTS / "mini" / "judge"), World(), args.n)
+    judge = load_judge(WEIGHTS / "mini" / "judge")  # one ruler for all
+    model = mini(trained=not args.trained, parts=parts)
+    if args.trained:
+        load_trained(model, args.trained)
+        check_parts(model, args.trained)
+    metrics, seconds = full_measure(model, mini_processor(parts), judge, World(), args.n, parts=parts)
     write_text(args.out, json.dumps({"seconds": seconds, **metrics}, indent=1))
     print(f"metrics: {args.out}")
 

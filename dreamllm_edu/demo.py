@@ -29,7 +29,7 @@ from .data import STYLES, World, articles, caption, data_folder, dialogues, edit
 from .documents import Document, Dream, picture_to_uri, write_text
 from .evaluation import (SPLITS, draw, draw_from_text_encoder, edit, in_batches, load_judge, measure_articles, measure_baselines, measure_comprehension, measure_creation,
                                      measure_language, measure_naming, measure_tasks, real_pictures, sample_rows, score_layout, wishes)
-from .model import WEIGHTS, DreamLLM, load_part, mini, mini_processor, quiet
+from .model import WEIGHTS, DreamLLM, load_part, mini, mini_processor, parts_folder, quiet
 from .training import STAGES, train
 
 # %% ../nbs/13_demo.ipynb #344235dd
@@ -105,11 +105,13 @@ def quick_scores(model, processor, judge, world, n, progress=True):
     return {name: job() for name, job in tqdm(jobs.items(), desc="scores of the quick training", disable=not progress)}
 
 # %% ../nbs/13_demo.ipynb #679edc7e
-def full_measure(model, processor, judge, world, n=150, progress=True):
-    """Every metric of the shipped model, with baselines and intervals; the keys of `metrics.json`."""
+def full_measure(model, processor, judge, world, n=150, progress=True, parts=None):
+    """Every metric of a trained miniature, with baselines and intervals; the keys of `metrics.json`. `parts`: the folder of the parts that it was trained
+    on, whose CLIP and language model are its baselines (the shipped ones by default)."""
+    parts = parts_folder(parts)
     with quiet():
-        clip = load_part(CLIPModel, WEIGHTS / "mini" / "clip", dtype=torch.float32, local_files_only=True).eval()
-        before = load_part(LlamaForCausalLM, WEIGHTS / "mini" / "language", dtype=torch.float32, local_files_only=True).eval()
+        clip = load_part(CLIPModel, parts / "clip", dtype=torch.float32, local_files_only=True).eval()
+        before = load_part(LlamaForCausalLM, parts / "language", dtype=torch.float32, local_files_only=True).eval()
     jobs = {"creation": lambda: measure_creation(model, processor, judge, world, n),
             "baselines": lambda: measure_baselines(model, clip, processor, judge, world, n),
             "comprehension": lambda: {**measure_comprehension(model, processor, world, n), **measure_naming(clip, judge, world, n)},

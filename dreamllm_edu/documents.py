@@ -256,10 +256,10 @@ def let_others_read(path):
     Path(path).chmod(0o666 & ~mask)
 
 
-def write_tensors(path, tensors):
-    """`write_file` of a dictionary of tensors, as safetensors."""
+def write_tensors(path, tensors, metadata=None):
+    """`write_file` of a dictionary of tensors, as safetensors; `metadata`: words about them, a dictionary of strings."""
     with written_aside(path) as aside:
-        save_file(tensors, aside)
+        save_file(tensors, aside, metadata)
         let_others_read(aside)
 
 

@@ -6,14 +6,15 @@
 __all__ = ['JUDGE_STYLES', 'ARRANGEMENTS', 'SPLITS', 'ResidualBlock', 'Judge', 'judge_data', 'train_judge', 'load_judge',
            'judge_pictures', 'interval', 'by_topic', 'score_creation', 'real_pictures', 'wishes',
            'nearest_training_pictures', 'draw', 'draw_from_text_encoder', 'through_vae', 'score_scenes', 'answers',
-           'sample_rows', 'in_batches', 'score_layout', 'layout_figures', 'things_named', 'measure_articles',
-           'measure_comprehension', 'measure_naming', 'measure_creation', 'measure_strangers', 'measure_baselines',
-           'measure_tasks', 'edit', 'measure_language']
+           'sample_rows', 'in_batches', 'score_layout', 'things_named', 'measure_articles', 'measure_comprehension',
+           'measure_naming', 'measure_creation', 'measure_strangers', 'measure_baselines', 'measure_tasks',
+           'score_edits', 'edit', 'measure_language']
 
 # %% ../nbs/11_evaluation.ipynb #9a33e8e3
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -129,13 +130,18 @@ def judge_pictures(judge, pictures):
 def interval(values, seed=0, rounds=2000):
     """Mean with its bootstrap 95 % interval: `{"value", "low", "high", "n"}`; all None for no values.
 
-    A value may be a list (what is said in one article, say): lists are drawn whole, because what stands in one of them is right or wrong together."""
-    groups = [group for group in (np.atleast_1d(np.asarray(value, dtype=float)) for value in values) if len(group)]
+    A value may be a list (what is said in one article, say): lists are drawn whole, because what stands in one of them is right or wrong together.
+    Verdicts (truth values, not numbers) that are all alike give the bootstrap nothing to draw from. Their far end is exact: the share with which so
+    many draws come out all alike once in forty (Clopper and Pearson 1934)."""
+    groups = [group for group in map(np.atleast_1d, values) if len(group)]
     if not groups:
         return {"value": None, "low": None, "high": None, "n": 0}
-    sums, sizes = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
+    sums, sizes = np.array([group.sum() for group in groups], float), np.array([len(group) for group in groups])
     drawn = np.random.default_rng(seed).integers(len(groups), size=(rounds, len(groups)))
     low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
+    if low == high and low in (0, 1) and all(group.dtype == bool for group in groups):
+        edge = 0.025 ** (1 / len(groups))
+        low, high = (edge, 1) if low == 1 else (0, 1 - edge)
     return {"value": float(sums.sum() / sizes.sum()), "low": float(low), "high": float(high), "n": int(sizes.sum())}
 
 # %% ../nbs/11_evaluation.ipynb #dfbf4c68
@@ -257,35 +263,29 @@ def in_batches(function, items, batch=50):
 @torch.no_grad()
 def score_layout(model, processor, world, n=40):
     """Does the model say `<dream>` where held-out articles have a picture, and only there? Teacher-forced: at every text position, is
-    `<dream_start>` its first choice? `interval`: of each figure, by drawing whole articles again."""
-    layout, counts = processor.layout, []
+    `<dream_start>` its first choice? `n`: how many pictures there are; `interval`: of each figure, drawing the articles about one class together."""
+    layout, topics, verdicts = processor.layout, [], {"precision": [], "recall": [], "f1": []}
     for r in sample_rows(articles(world, "held_out_renderings"), n):
         batch = processor(to_document(r, world))
         choice = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).logits[0, :-1].argmax(-1)
         label = batch["labels"][0, 1:]
         here = (label == layout.id["<dream_start>"])[label != -100]
         mine = (choice == layout.id["<dream_start>"])[label != -100]
-        counts.append([int((here & mine).sum()), int(mine.sum()), int(here.sum())])  # right, said, true
-    again = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
-    found, drawn = layout_figures(np.sum(counts, 0)), layout_figures(np.array(counts)[again].sum(1))
-    low, high = ({k: float(np.quantile(v, q)) for k, v in drawn.items()} for q in (0.025, 0.975))
-    intervals = {k: {"value": float(v), "low": low[k], "high": high[k], "n": len(counts)} for k, v in found.items()}
-    return {**{k: float(v) for k, v in found.items()}, "n": int(np.sum(counts, 0)[2]), "interval": intervals}
-
-
-def layout_figures(counts):
-    """Precision, recall and F1 of counts [..., 3]: right, said, true."""
-    right, said, true = np.moveaxis(counts, -1, 0)
-    return {"precision": right / np.maximum(1, said), "recall": right / np.maximum(1, true), "f1": 2 * right / np.maximum(1, said + true)}
+        topics.append(r["concept"])
+        said, true = here[mine].tolist(), mine[here].tolist()  # is what was said right? was what is there said?
+        for key, found in (("precision", said), ("recall", true), ("f1", said + true)):
+            verdicts[key].append(found)
+    intervals = {key: by_topic(topics, found) for key, found in verdicts.items()}
+    return {**{key: found["value"] or 0.0 for key, found in intervals.items()}, "n": intervals["recall"]["n"], "interval": intervals}
 
 # %% ../nbs/11_evaluation.ipynb #3717e53d
 def things_named(document):
-    """The things that the model has told of in an article, and whether each is followed by a picture: [(name, bool)]."""
+    """The things that the model has told of in an article, "Name: what it is.", and whether a picture comes before the next one: [(name, bool)]."""
     own, found = document.parts[document.given:], []
     for part, following in zip(own, [*own[1:], None]):
-        name = part.partition(":")[0].strip().lower() if isinstance(part, str) and ":" in part else ""
-        if name:
-            found.append((name, following is not None and not isinstance(following, str)))
+        names = re.findall(r"(?:^|\.)\s*([^.:]+):\s", part) if isinstance(part, str) else []
+        drawn = following is not None and not isinstance(following, str)
+        found += [(name.strip().lower(), drawn and i == len(names) - 1) for i, name in enumerate(names)]
     return found
 
 
@@ -388,16 +388,28 @@ def measure_baselines(model, clip, processor, judge, world, n=150):
 
 # %% ../nbs/11_evaluation.ipynb #00feadab
 def measure_tasks(model, processor, judge, world, n=150, **options):
-    """Editing and scenes, asked as documents."""
-    rows = sample_rows(edits(world, "train"), n // 2) + sample_rows(edits(world, "held_out_renderings"), n - n // 2)
-    asked = [Document(to_document(r, world).parts[:3], 3) for r in rows]  # the model is not told the concept's name, it may say it
-    edited = score_creation(judge, world, edit(model, processor, asked, **options), [(r["concept"], r["style"]) for r in rows])
+    """Editing and scenes, asked as documents. Half of the edits end in a picture of training, half in one that training did not show; each half has its
+    own figures, too, and a baseline that hands the picture back as it came (the right thing, in the wrong style)."""
+    halves = {"seen": sample_rows(edits(world, "train"), n // 2), "held_out_renderings": sample_rows(edits(world, "held_out_renderings"), n - n // 2)}
+    edited = score_edits(model, processor, judge, world, halves, **options)
     scenes = [s for s in scene_list(world, "held_out_renderings") if s.relation in ("left", "above")]
     scenes = random.Random(0).sample(scenes, min(n, len(scenes)))
     pictures = draw(model, processor, [s.caption for s in scenes], **options)
     ceiling = score_scenes(judge, world, [world.draw_scene(s) for s in scenes], scenes)
-    return {"editing": {k: edited[k] for k in ("concept_top1", "concept_top5", "style_top1")},
+    return {"editing": edited,
             "scenes": {**score_scenes(judge, world, pictures, scenes), "ceiling_real": ceiling}}
+
+
+def score_edits(model, processor, judge, world, halves, **options):
+    """The judge's verdict on edits: of both `halves` together, of each, and of the sources handed back."""
+    rows = [r for half in halves.values() for r in half]
+    asked = [Document(to_document(r, world).parts[:3], 3) for r in rows]  # the model is not told the concept's name, it may say it
+    pictures, wished, at = edit(model, processor, asked, **options), [(r["concept"], r["style"]) for r in rows], 0
+    found = score_creation(judge, world, pictures, wished)
+    for key, half in halves.items():
+        found[key] = score_creation(judge, world, pictures[at:at + len(half)], wished[at:at + len(half)])
+        at += len(half)
+    return {**found, "baseline_source": score_creation(judge, world, [q.pictures[0] for q in asked], wished)}
 
 
 def edit(model, processor, asked, **options):

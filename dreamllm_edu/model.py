@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'MARKS', 'DreamLLMConfig', 'DreamLLMOutput', 'DreamLLM', 'encode_images', 'encode_latents', 'blocks_by_row',
            'embed', 'null_condition', 'image_loss_of', 'added_conditions', 'draws', 'forward', 'quiet', 'load_part',
-           'plain_config', 'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained',
-           'parts_folder', 'mini', 'save_pretrained', 'from_pretrained', 'mini_processor']
+           'plain_config', 'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained', 'frozen',
+           'weights_sum', 'check_parts', 'parts_folder', 'mini', 'save_pretrained', 'from_pretrained', 'mini_processor']
 
 # %% ../nbs/08_model.ipynb #4116f0fb
 import functools
 import re
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Optional
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM,
@@ -294,16 +295,17 @@ WEIGHTS = HERE / "weights"
 def quiet():
     """Load without the libraries' own progress bars and notes."""
     libraries = (transformers_logging, diffusers_logging)
-    levels = [library.get_verbosity() for library in libraries]
+    levels, bars = [library.get_verbosity() for library in libraries], [library.is_progress_bar_enabled() for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in zip(libraries, levels):
+        for library, level, shown in zip(libraries, levels, bars):
             library.set_verbosity(level)
-            library.enable_progress_bar()
+            if shown:
+                library.enable_progress_bar()
 
 # %% ../nbs/08_model.ipynb #a17a0e17
 def load_part(cls, name, **options):
@@ -375,10 +377,33 @@ def load_trained(model, path):
 
 
 def save_trained(model, path):
-    """The inverse of `load_trained`, in half precision, written aside and renamed."""
+    """The inverse of `load_trained`, in half precision, written aside and renamed. The file says which frozen parts it belongs to (`check_parts`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {k: v.half().contiguous() for k, v in trained_tensors(model).items()})
+    write_tensors(path, {k: v.half().contiguous() for k, v in trained_tensors(model).items()}, {"frozen parts": str(weights_sum(frozen(model)))})
+
+
+def frozen(model):
+    """What no stage trains: vision encoder, U-Net, VAE."""
+    return torch.nn.ModuleDict({name: getattr(model, name) for name in model.frozen_parts})
+
+
+def weights_sum(model):
+    """One number that changes with every bit of every weight, frozen ones too (CRC-32)."""
+    total = 0
+    for name, tensor in model.state_dict().items():
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        total = zlib.crc32(plain.view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return total
+
+
+def check_parts(model, path):
+    """`ValueError` if the weights in the file `path` say that they were trained on other frozen parts than the model's: no error would follow, only
+    worse pictures."""
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get("frozen parts")
+    if said not in (None, str(weights_sum(frozen(model)))):
+        raise ValueError(f"{path} was trained on other parts (vision encoder, U-Net or VAE); name their folder with --parts")
 
 # %% ../nbs/08_model.ipynb #3259aa93
 MARKS = {"tokenizer": "tokenizer.json", "language": "config.json", "clip": "config.json", "vae": "config.json", "unet": "config.json",

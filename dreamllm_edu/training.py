@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALIGN', 'STAGES', 'step_generator', 'learning_rate_at', 'average_into', 'trainable_state', 'load_trainable',
-           'save_state', 'weights_sum', 'write_checkpoint', 'read_checkpoint', 'update', 'whole_step', 'fit', 'Stage',
-           'set_trainable', 'altered', 'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
+           'save_state', 'write_checkpoint', 'read_checkpoint', 'update', 'whole_step', 'fit', 'Stage', 'set_trainable',
+           'altered', 'FeatureCache', 'Ref', 'cut_last_picture', 'Mixture', 'run_stage', 'train']
 
 # %% ../nbs/10_training.ipynb #63c9d16e
 import copy
@@ -15,7 +15,6 @@ import random
 import signal
 import threading
 import time
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 from .data import World, definition_split, load, read_definitions
 from .documents import picture_tensor, write_text
 from .language import pack
+from .model import weights_sum
 from .tokenization import Sequence, collate, encode_text
 from .vision import clip_normalize, erase, jiggle
 
@@ -85,15 +85,6 @@ def save_state(path, state):
     aside.replace(path)
 
 # %% ../nbs/10_training.ipynb #36e8e912
-def weights_sum(model):
-    """One number that changes with every bit of every weight, frozen ones too (CRC-32)."""
-    total = 0
-    for name, tensor in model.state_dict().items():
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        total = zlib.crc32(plain.view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
-    return total
-
-
 def write_checkpoint(path, model, ema, optimizer, history, run=None):
     """All that a later call needs to go on as if nothing had happened, and beside it a log to read. `run`: what the state belongs to, a dict."""
     save_state(path, {"model": trainable_state(model), "ema": trainable_state(ema), "optimizer": optimizer.state_dict(),
@@ -213,6 +204,7 @@ class Stage:
     ema_decay: float = 0.99
     read_last: bool = True
     timestep_exponent: float = 1.0
+    weight_decay: float = 0.01
 
 
 ALIGN = ("visual_projector", "dream_queries", "condition_projector", "pooled_projector")  # the last is there beside an SDXL U-Net only
@@ -235,10 +227,10 @@ STAGES = {  # DreamLLM, section 3 and table 13; step counts and rates of the min
               7e-4, 4400, 128, ema_decay=0.998, timestep_exponent=0.5),
     ),
     "paper": (
-        Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0),
-        Stage("2-interleaved", ALIGN + ("language_model",), {"articles": 0.5, "pairs": 0.5}, 2e-5, 3_900, 1024, warmup=12, ema_decay=0.0),
+        Stage("1-alignment", ALIGN, {"pairs": 1.0}, 2e-3, 29_000, 1024, warmup=87, ema_decay=0.0, weight_decay=0.0),
+        Stage("2-interleaved", ALIGN + ("language_model",), {"articles": 0.5, "pairs": 0.5}, 2e-5, 3_900, 1024, warmup=12, ema_decay=0.0, weight_decay=0.0),
         Stage("3-instruction", ALIGN + ("language_model",), {"dialogues": 0.67, "articles": 0.165, "pairs": 0.165}, 4e-5, 350, 1024,
-              warmup=2, ema_decay=0.0),
+              warmup=2, ema_decay=0.0, weight_decay=0.0),
     ),
 }
 
@@ -278,7 +270,7 @@ class FeatureCache:
                 features.append(torch.stack([model.encode_images(view).half() for view in seen], 1))
                 posterior = model.vae.encode(pixels).latent_dist
                 moments.append(torch.stack([posterior.mean, posterior.std], 1) * model.vae.config.scaling_factor)
-        self.features, self.moments = torch.cat(features), torch.cat(moments)
+        self.features, self.moments = (torch.cat(rows) if rows else torch.empty(0) for rows in (features, moments))  # texts alone need neither
 
     def images(self, refs, generator=None):
         """CLIP features [len(refs), N, V] of the pictures themselves; of random views if a generator is given."""
@@ -353,7 +345,10 @@ class Mixture:
 
 # %% ../nbs/10_training.ipynb #98d144c0
 def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, progress=True, on_step=None):
-    """Train `model` in place for one stage; returns the history (`loss`, `lm_loss`, `image_loss` by step)."""
+    """Train `model` in place for one stage; returns the history (`loss`, `lm_loss`, `image_loss` by step). `steps`: at least 1, instead of the stage's own."""
+    steps = stage.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"stage {stage.name}: {steps} steps; give at least 1, or leave the stage out")
     set_trainable(model, stage)
     model.unet.to(memory_format=torch.channels_last)
 
@@ -363,10 +358,9 @@ def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, pro
         found = {"loss": out.loss, "lm_loss": out.lm_loss, "image_loss": out.image_loss}
         return {name: value for name, value in found.items() if value is not None}
 
-    steps = steps or stage.steps
     averaged, history = fit(model, loss_of_step, steps, stage.learning_rate, folder=folder and Path(folder) / stage.name, seed=seed,
-                            warmup=min(stage.warmup, steps // 5 + 1), ema_decay=stage.ema_decay, progress=progress,
-                            description=f"stage {stage.name}", on_step=on_step, save_every=250)
+                            warmup=min(stage.warmup, steps // 5 + 1), ema_decay=stage.ema_decay, weight_decay=stage.weight_decay,
+                            progress=progress, description=f"stage {stage.name}", on_step=on_step, save_every=250)
     load_trainable(model, trainable_state(averaged))
     return history
 

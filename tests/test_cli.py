@@ -14,14 +14,17 @@ import pytest
 import torch
 from conftest import ROOT, full_disk, make_tiny, picture, run_command
 from PIL import Image
+from safetensors.torch import load_file
 
+import dreamllm_edu.demo
+import dreamllm_edu.evaluation
 import dreamllm_edu.generation
 import dreamllm_edu.pretraining
 import dreamllm_edu.training
 from dreamllm_edu import data
 from dreamllm_edu.cli import main, parser
-from dreamllm_edu.documents import Document, document_from_markdown, read_jsonl, write_jsonl
-from dreamllm_edu.model import load_trained, mini
+from dreamllm_edu.documents import Document, document_from_markdown, read_jsonl, write_jsonl, write_tensors
+from dreamllm_edu.model import load_trained, mini, save_trained
 from dreamllm_edu.tokenization import SPECIAL_TOKENS, encode_text
 from dreamllm_edu.training import Stage
 from test_bad_input import parts_folder
@@ -166,7 +169,8 @@ def test_bad_pictures_in_documents(tmp_path, model, capsys):
 
 
 def test_a_bad_file_in_a_real_process(tmp_path):
-    run = run_command("generate", "gone.md", cwd=tmp_path)
+    run = run_command("generate", "gone.md", "--out", "new/answer.html", cwd=tmp_path)
+    assert not list(tmp_path.iterdir()), "no folder for an answer that never comes"
     assert run.returncode == 1 and "Traceback" not in run.stderr and run.stdout == ""
     assert run.stderr.strip().splitlines() == [next(line for line in run.stderr.splitlines() if line.startswith("dreamllm-edu: gone.md"))]
 
@@ -326,6 +330,24 @@ def test_evaluate_refuses_a_missing_checkpoint_before_measuring(tmp_path, capsys
     began = time.process_time()
     refused(["evaluate", "--trained", tmp_path / "gone.safetensors", "--out", tmp_path / "m.json"], capsys, "gone.safetensors")
     assert time.process_time() - began < 30 and not (tmp_path / "m.json").exists()
+
+
+def test_weights_are_measured_on_the_parts_that_they_were_trained_on(tmp_path, monkeypatch, capsys, processor):
+    for seed in (4, 5):
+        parts_folder(make_tiny(seed), tmp_path / f"parts{seed}")
+        processor.tokenizer.save_pretrained(tmp_path / f"parts{seed}" / "tokenizer")
+    model = mini(trained=False, parts=tmp_path / "parts4")
+    save_trained(model, tmp_path / "t.safetensors")
+    asked = []
+    monkeypatch.setattr(dreamllm_edu.evaluation, "load_judge", lambda folder: None)
+    monkeypatch.setattr(dreamllm_edu.demo, "full_measure", lambda *a, parts, **k: asked.append(parts) or ({}, {}))
+    command = ["evaluate", "--trained", tmp_path / "t.safetensors", "--out", tmp_path / "m.json", "--parts"]
+    refused([*command, tmp_path / "parts5"], capsys, "t.safetensors was trained on other parts", "--parts")
+    refused(["train", "--init", tmp_path / "t.safetensors", "--out", tmp_path / "out", "--parts", tmp_path / "parts5"], capsys, "was trained on other parts")
+    assert not asked and not (tmp_path / "m.json").exists() and not (tmp_path / "out").exists()
+    assert main([*map(str, command), str(tmp_path / "parts4")]) == 0 and asked == [tmp_path / "parts4"] and (tmp_path / "m.json").exists()
+    write_tensors(tmp_path / "t.safetensors", load_file(tmp_path / "t.safetensors"))  # as older versions wrote it, without a word about its parts: believed
+    assert main([*map(str, command), str(tmp_path / "parts5")]) == 0
 
 
 def test_train_says_when_the_weights_to_go_on_from_are_missing(tmp_path, capsys):

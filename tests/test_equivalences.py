@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
 
+import dreamllm_edu.training
 from dreamllm_edu.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
 from dreamllm_edu.documents import Document, Dream
 from dreamllm_edu.training import FeatureCache, Mixture, Stage, fit, run_stage, set_trainable, trainable_state, train
@@ -339,6 +340,29 @@ def test_a_stage_changes_what_it_trains_and_nothing_else(processor, tiny, world)
     history = run_stage(tiny, STAGE, mixture, cache, progress=False)
     changed = {name.split(".")[0] for name, value in tiny.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == set(STAGE.trains) and len(history) == 4 and all(np.isfinite(row["loss"]) for row in history)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_stage_of_no_steps_is_refused(steps, processor, tiny, world):
+    with pytest.raises(ValueError, match=f"stage test: {steps} steps; give at least 1"):
+        run_stage(tiny, STAGE, None, None, steps=steps)
+
+
+def test_a_stage_of_texts_alone_needs_no_pictures(processor, tiny, world):
+    mixture = Mixture(processor, world, ["definitions"])
+    cache = FeatureCache(tiny, processor, world, mixture.refs())
+    stage = Stage("words", ("language_model",), {"definitions": 1.0}, 1e-3, 2, 3, warmup=1, ema_decay=0.9)
+    history = run_stage(tiny, stage, mixture, cache, progress=False)
+    assert len(history) == 2 and all(np.isfinite(row["lm_loss"]) and "image_loss" not in row for row in history)
+
+
+def test_weight_decay_is_the_stages_own(processor, tiny, world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dreamllm_edu.training, "fit", lambda model, *a, weight_decay, **k: asked.append(weight_decay) or (model, []))
+    for decay in (0.0, 0.3):
+        run_stage(tiny, Stage(**{**vars(STAGE), "weight_decay": decay}), None, None)
+    assert asked == [0.0, 0.3]
+    assert all(stage.weight_decay == 0 for stage in dreamllm_edu.training.STAGES["paper"])
 
 
 @pytest.mark.parametrize("trains", [("dream_queries",), ("language_model", "visual_projector"), ()])

@@ -10,17 +10,19 @@ import torch
 from conftest import full_disk, make_tiny, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM
 
 import dreamllm_edu.demo
 import dreamllm_edu.evaluation
 import dreamllm_edu.training
+from dreamllm_edu import data
 from dreamllm_edu.cli import main
 from dreamllm_edu.documents import Document, Dream, document_from_markdown, write_folder
-from dreamllm_edu.model import WEIGHTS, DreamLLM, load_part, load_trained, save_trained
+from dreamllm_edu.model import WEIGHTS, DreamLLM, load_part, load_trained, quiet, save_trained, weights_sum
 from dreamllm_edu.pretraining import keep_record
 from dreamllm_edu.tokenization import DreamLLMProcessor, read_tokenizer
-from dreamllm_edu.training import fit, weights_sum
+from dreamllm_edu.training import fit
 
 
 # ---------------------------------------------------------------- a stopped run
@@ -114,6 +116,24 @@ def test_a_batch_of_two_holds_one_article(processor, world):
 
 
 # ---------------------------------------------------------------- models
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_quietly_leaves_progress_bars_as_they_were(shown):
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.is_progress_bar_enabled() for library in libraries]
+    switch = lambda library, on: library.enable_progress_bar() if on else library.disable_progress_bar()
+    try:
+        for library in libraries:
+            switch(library, shown)
+        with quiet():
+            assert not any(library.is_progress_bar_enabled() for library in libraries)
+        assert all(library.is_progress_bar_enabled() is shown for library in libraries)
+    finally:
+        for library, on in zip(libraries, before):
+            switch(library, on)
+
 
 def test_a_head_that_is_not_tied_is_kept(tmp_path):
     def loose(seed):
@@ -220,6 +240,24 @@ def test_more_scenes_than_there_are_is_no_error(monkeypatch, world):
     monkeypatch.setattr(dreamllm_edu.evaluation, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
     found = dreamllm_edu.evaluation.measure_tasks(None, None, judge, world, 301)
     assert 0 < found["scenes"]["relation"]["n"] <= 301
+    halves = [found["editing"][key]["style_top1"]["n"] for key in ("seen", "held_out_renderings")]
+    assert halves == [150, min(151, len(data.edits(world, "held_out_renderings")))] and sum(halves) == found["editing"]["style_top1"]["n"] == found["editing"]["baseline_source"]["concept_top1"]["n"]
+
+
+def test_who_hands_the_picture_back_keeps_the_thing_and_misses_the_style(monkeypatch, world):
+    """The baseline of editing, by a judge that cannot err: it looks every picture up."""
+    known = {world.picture(f"{style}/{c['key']}").tobytes(): (i, k) for i, c in enumerate(world.concepts) for k, style in enumerate(data.STYLES) if style in c["styles"]}
+    def verdict(judge, pictures):
+        found = [known[p.tobytes()] for p in pictures]
+        return tuple(F.one_hot(torch.tensor([f[k] for f in found]), n).float() for k, n in ((0, len(world.concepts)), (1, 5)))
+    monkeypatch.setattr(dreamllm_edu.evaluation, "judge_pictures", verdict)
+    wanted = lambda model, processor, asked, **o: [world.picture(f"{r['style']}/{world.by_name[r['concept']]['key']}") for half in halves.values() for r in half]
+    monkeypatch.setattr(dreamllm_edu.evaluation, "edit", wanted)
+    halves = {"seen": data.edits(world, "train")[:20], "held_out_renderings": data.edits(world, "held_out_renderings")[:20]}
+    found = dreamllm_edu.evaluation.score_edits(None, None, None, world, halves)
+    for scores in (found, found["seen"], found["held_out_renderings"]):
+        assert scores["concept_top1"]["value"] == scores["style_top1"]["value"] == 1
+    assert found["baseline_source"]["concept_top1"]["value"] > 0.9 and found["baseline_source"]["style_top1"]["value"] == 0
 
 
 # ---------------------------------------------------------------- pictures
