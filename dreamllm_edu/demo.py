@@ -132,7 +132,7 @@ def written_documents(model, processor, world, n=6, split="held_out_renderings",
     """Articles that the model writes on its own from the first sentence of one of `split`: words, `<dream>` decisions, pictures, fed back."""
     rows = sample_rows(articles(world, split), n, seed=3)
     prompts = [Document([r["parts"][0]["text"]], 1, r["concept"]) for r in rows]
-    return model.generate(prompts, processor, max_new_tokens=110, max_pictures=3, **options)
+    return model.generate(prompts, processor, max_new_tokens=250, max_pictures=3, **options)
 
 
 def edited_pictures(model, processor, world, n=8, split="held_out_renderings"):
@@ -270,7 +270,7 @@ draws it, looks at it and writes on. Training articles were assembled from WordN
 <h2>Drawings</h2>{gallery}<h2>Edits</h2>{edited}<h2>Dialogues</h2>{cards(shown["dialogues"])}
 <h2>Learning, just now</h2><p>Three short stages from the shipped parts; each column is one wish: {html.escape("; ".join(quick["texts"]))}.</p>
 <img src="{picture_to_uri(learn)}" alt="drawings before and after each stage"><br><img src="{figure_uri(curves(quick["histories"], quick["stages"]))}" alt="loss curves">
-<p>Each stage reads other documents (captions; then articles; then questions, edits and scenes), so the loss of words jumps where one ends and the next begins.
+<p>Each stage reads other documents (captions; then articles; then questions, edits and scenes), so the loss of words jumps where one ends and the next begins; in the first it also counts the mark at which a drawing begins, which the language model, still frozen, cannot learn to say.
 These few minutes stand beside the shipped model, which made many more steps. How many wishes or questions a value rests on stands beside it.</p>
 {learning_table(quick, metrics)}
 <h2>Measured</h2><img src="{figure_uri(bars(metrics["creation"]))}" alt="concept top-1 of the model, its baseline, its ceiling and its control">

@@ -291,7 +291,7 @@ def things_named(document):
 
 def measure_articles(model, processor, world, n=40, **options):
     """Articles written on from their first sentence, about classes that training showed and classes that it did not. Of the things named: share that is
-    `illustrated`, share that `belongs` to the class; of the articles: share in which no thing comes twice (`distinct`). Greedy, at most three pictures.
+    `illustrated`, share that `belongs` to the class; of the articles: share in which no thing comes twice (`distinct`). Greedy, at most three pictures, and room for every article to come to its end.
     Intervals draw whole classes: an article about one in another style is hardly another witness."""
     classes, out = {}, {}
     for concept in world.concepts:
@@ -300,7 +300,7 @@ def measure_articles(model, processor, world, n=40, **options):
     for key, split in (("seen", "train"), ("held_out", "held_out_renderings")):
         rows = sample_rows([r for r in articles(world, split) if len(r["parts"]) == 7], n)
         asked = [Document([r["parts"][0]["text"]], 1) for r in rows]
-        told = [things_named(d) for d in model.generate(asked, processor, max_new_tokens=110, max_pictures=3, **options)]
+        told = [things_named(d) for d in model.generate(asked, processor, max_new_tokens=250, max_pictures=3, **options)]
         topics = [r["concept"] for r in rows]
         out[key] = {"illustrated": by_topic(topics, [[shown for _, shown in things] for things in told]),
                     "belongs": by_topic(topics, [[name in classes[topic] for name, _ in things] for topic, things in zip(topics, told)]),

@@ -219,10 +219,16 @@ def test_the_shipped_metrics_bear_out_the_readme():
     assert unseen["style_top1"]["low"] > told["style_top1"]["value"] and unseen["concept_top1"]["low"] < told["concept_top1"]["value"]
     assert 0.35 < unseen["concept_top1"]["value"] < 0.45 and unseen["concept_top1"]["high"] < told["concept_top1"]["value"]
     assert 0.7 < metrics["editing"]["style_top1"]["value"] < 0.8
+    edits = metrics["editing"]
+    for split, thing, style in (("seen", 0.8, 0.8), ("held_out_renderings", 0.36, 0.66)):  # in words: four in five, one in three, two in three
+        assert abs(edits[split]["concept_top1"]["value"] - thing) < 0.05 and abs(edits[split]["style_top1"]["value"] - style) < 0.05, split
+    assert edits["baseline_source"]["concept_top1"]["low"] > 0.9 and edits["baseline_source"]["style_top1"]["value"] == 0
     assert metrics["language"]["ratio"]["high"] < 1.05
-    assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["interval"]["precision"]["low"] > 0.95 and metrics["layout"]["recall"] > 0.95
+    assert metrics["scenes"]["relation"]["low"] > 0.8 and metrics["layout"]["precision"] == metrics["layout"]["recall"] == 1
+    assert metrics["layout"]["interval"]["f1"]["low"] > 0.7, "thirteen classes, all right: one class in four might still go wrong"
     written = metrics["articles"]
-    assert min(written[key]["illustrated"]["low"] for key in ("seen", "held_out")) > 0.9 and written["seen"]["belongs"]["low"] > 0.9
+    assert min(written[key]["illustrated"]["value"] for key in ("seen", "held_out")) > 0.98 and written["seen"]["belongs"]["low"] > 0.9
+    assert min(written[key]["illustrated"]["low"] for key in ("seen", "held_out")) > 0.85
     assert written["held_out"]["belongs"]["value"] < 0.1 and 0.6 < written["held_out"]["distinct"]["value"] < 0.7
     reading = metrics["comprehension"]
     assert reading["baseline_nearest"]["caption_top1"]["value"] < 0.08 and 0.4 < reading["ceiling_judge"]["concept_top1"]["value"] < 0.6
