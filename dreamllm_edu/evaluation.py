@@ -132,7 +132,7 @@ def interval(values, seed=0, rounds=2000):
 
     A value may be a list (what is said in one article, say): lists are drawn whole, because what stands in one of them is right or wrong together.
     Verdicts (truth values, not numbers) that are all alike give the bootstrap nothing to draw from. Their far end is exact: the share with which so
-    many draws come out all alike once in forty (Clopper and Pearson 1934)."""
+    many draws come out all alike once in forty (Clopper and Pearson 1934); a list counts as one draw, right or wrong as a whole, which is cautious."""
     groups = [group for group in map(np.atleast_1d, values) if len(group)]
     if not groups:
         return {"value": None, "low": None, "high": None, "n": 0}
