@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'MARKS', 'DreamLLMConfig', 'DreamLLMOutput', 'DreamLLM', 'encode_images', 'encode_latents', 'blocks_by_row',
            'embed', 'null_condition', 'image_loss_of', 'added_conditions', 'draws', 'forward', 'quiet', 'load_part',
-           'plain_config', 'assemble', 'checked_tensors', 'trained_tensors', 'load_trained', 'save_trained', 'frozen',
-           'weights_sum', 'check_parts', 'parts_folder', 'mini', 'save_pretrained', 'from_pretrained', 'mini_processor']
+           'plain_config', 'assemble', 'checked_tensors', 'trained_tensors', 'frozen', 'weights_sum', 'load_trained',
+           'save_trained', 'check_parts', 'parts_folder', 'mini', 'save_pretrained', 'from_pretrained',
+           'mini_processor']
 
 # %% ../nbs/08_model.ipynb #4116f0fb
 import functools
@@ -363,6 +364,20 @@ def trained_tensors(model):
     twice = model._tied_weights_keys if model.config.tie_word_embeddings else ()
     return {k: v for k, v in model.state_dict().items() if k.split(".")[0] not in model.frozen_parts and k not in twice}
 
+# %% ../nbs/08_model.ipynb #d81e7d5e
+def frozen(model):
+    """What no stage trains: vision encoder, U-Net, VAE."""
+    return torch.nn.ModuleDict({name: getattr(model, name) for name in model.frozen_parts})
+
+
+def weights_sum(model):
+    """One number that changes with every bit of every weight, frozen ones too (CRC-32)."""
+    total = 0
+    for name, tensor in model.state_dict().items():
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        total = zlib.crc32(plain.view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return total
+
 # %% ../nbs/08_model.ipynb #aeafcb40
 def load_trained(model, path):
     """Load what training changes (language model, queries, projectors) from one file; every tensor must be there, and no other."""
@@ -382,21 +397,7 @@ def save_trained(model, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {k: v.half().contiguous() for k, v in trained_tensors(model).items()}, {"frozen parts": str(weights_sum(frozen(model)))})
 
-
-def frozen(model):
-    """What no stage trains: vision encoder, U-Net, VAE."""
-    return torch.nn.ModuleDict({name: getattr(model, name) for name in model.frozen_parts})
-
-
-def weights_sum(model):
-    """One number that changes with every bit of every weight, frozen ones too (CRC-32)."""
-    total = 0
-    for name, tensor in model.state_dict().items():
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        total = zlib.crc32(plain.view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
-    return total
-
-
+# %% ../nbs/08_model.ipynb #8c346452
 def check_parts(model, path):
     """`ValueError` if the weights in the file `path` say that they were trained on other frozen parts than the model's: no error would follow, only
     worse pictures."""
