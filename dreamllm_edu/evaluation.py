@@ -122,7 +122,7 @@ def load_judge(folder):
 @torch.no_grad()
 def judge_pictures(judge, pictures):
     """Concept and style log-probabilities of PIL pictures: [n, concepts], [n, styles]."""
-    x = torch.stack([picture_tensor(p, 64) for p in pictures])
+    x = torch.stack([picture_tensor(p, 64) for p in pictures]) if len(pictures) else torch.empty(0, 3, 64, 64)
     found = [judge(part) for part in x.split(64)]
     return tuple(torch.cat([f[i] for f in found]).log_softmax(-1) for i in (0, 1))
 

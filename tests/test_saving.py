@@ -244,6 +244,14 @@ def test_more_scenes_than_there_are_is_no_error(monkeypatch, world):
     assert halves == [150, min(151, len(data.edits(world, "held_out_renderings")))] and sum(halves) == found["editing"]["style_top1"]["n"] == found["editing"]["baseline_source"]["concept_top1"]["n"]
 
 
+def test_one_drawing_is_enough_to_measure_tasks_and_the_empty_half_says_so(monkeypatch, world):
+    monkeypatch.setattr(dreamllm_edu.evaluation, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
+    monkeypatch.setattr(dreamllm_edu.evaluation, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
+    found = dreamllm_edu.evaluation.measure_tasks(None, None, dreamllm_edu.evaluation.load_judge(WEIGHTS / "mini" / "judge"), world, 1)
+    assert found["editing"]["seen"]["style_top1"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert found["editing"]["held_out_renderings"]["style_top1"]["n"] == found["editing"]["style_top1"]["n"] == 1
+
+
 def test_who_hands_the_picture_back_keeps_the_thing_and_misses_the_style(monkeypatch, world):
     """The baseline of editing, by a judge that cannot err: it looks every picture up."""
     known = {world.picture(f"{style}/{c['key']}").tobytes(): (i, k) for i, c in enumerate(world.concepts) for k, style in enumerate(data.STYLES) if style in c["styles"]}
