@@ -245,6 +245,24 @@ def test_the_shipped_weights_were_made_by_the_table_in_the_hours_that_the_readme
     assert 4.75 < sum(made["seconds"] for made in learned.values()) / 3600 < 5.25
 
 
+def test_the_parts_made_again_took_the_steps_of_the_recipe_and_the_hours_that_the_readme_says():
+    import inspect
+    from dreamllm_edu import evaluation, pretraining
+    jobs = {"clip": (pretraining.pretrain_clip, "steps", "vision_steps"), "vae": (pretraining.pretrain_vae, "steps"), "language": (pretraining.pretrain_language, "steps"),
+            "judge": (evaluation.train_judge, "steps"), "unet": (pretraining.pretrain_unet, "steps"), "decoder": (pretraining.pretrain_decoder, "steps", "perceptor_steps")}
+    made = json.loads((WEIGHTS / "pretraining_again.json").read_text())
+    assert {part: m["steps"] for part, m in made.items()} == {part: sum(inspect.signature(job).parameters[name].default for name in names) for part, (job, *names) in jobs.items()}
+    assert 3.25 < sum(m["seconds"] for m in made.values()) / 3600 < 4.75
+
+
+def test_the_parts_made_again_are_as_good_as_the_readme_says():
+    shipped, again = (json.loads((WEIGHTS / name).read_text()) for name in ("parts.json", "parts_again.json"))
+    agree = lambda part, key: shipped[part][key]["low"] <= again[part][key]["high"] and again[part][key]["low"] <= shipped[part][key]["high"]
+    asked = [("language", "perplexity"), ("clip", "retrieval_at_1"), ("clip", "style_at_1"), ("vae", "psnr"), ("judge", "concept_top1"), ("unet", "concept_top1"), ("unet", "style_top1")]
+    assert [which for which in asked if not agree(*which)] == [("unet", "concept_top1")], "README: all but one agree"
+    assert again["unet"]["concept_top1"]["low"] > 100 * again["unet"]["exchanged"]["concept_top1"]["value"] and again["unet"]["concept_top1"]["low"] > 0.7
+
+
 def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(shipped, world):
     """A wide margin, not a benchmark: drawings of seen wishes are nearer to their own real drawing than to the others'."""
     model, processor = shipped
