@@ -200,7 +200,9 @@ def draw(model, processor, texts, batch=50, **options):
 @torch.no_grad()
 def draw_from_text_encoder(model, clip, processor, texts, batch=50, seed=0, **options):
     """The baseline: the same U-Net prompted by the CLIP text encoder that it was trained with, as Stable Diffusion is. `options`: of `sample_latents`."""
-    states = lambda t: clip.text_model(**dict(zip(("input_ids", "attention_mask"), caption_ids(processor.tokenizer, t)))).last_hidden_state
+    def states(captions):
+        ids, mask = (x.to(clip.device) for x in caption_ids(processor.tokenizer, captions))
+        return clip.text_model(input_ids=ids, attention_mask=mask).last_hidden_state.to(model.unet.device)
     pictures = []
     for start in range(0, len(texts), batch):
         latents = sample_latents(model.unet, model.scheduler, states(texts[start:start + batch]), states([""]),
@@ -213,14 +215,14 @@ def draw_from_text_encoder(model, clip, processor, texts, batch=50, seed=0, **op
 def through_vae(vae, pictures):
     """Pictures encoded and decoded, [n] PIL: what the latents keep of them, the ceiling of whatever a U-Net draws there."""
     x = torch.stack([picture_tensor(p, 64) for p in pictures])
-    return [p for part in x.split(64) for p in to_pictures(vae.decode(vae.encode(part).latent_dist.mean).sample)]
+    return [p for part in x.split(64) for p in to_pictures(vae.decode(vae.encode(part.to(vae.device)).latent_dist.mean).sample)]
 
 # %% ../nbs/11_evaluation.ipynb #92e73e26
 ARRANGEMENTS = [("left", False), ("left", True), ("above", False), ("above", True)]  # relation, whether a and b are exchanged
 
 
 def score_scenes(judge, world, pictures, scenes):
-    """Of pictures that should show `Scene`s of two different objects: `both_concepts` (each recognised in its half) and `relation` (of the four
+    """Of pictures that should show `Scene`s of two different objects: `both_concepts` (each recognised in its half, among the things that scenes are made of) and `relation` (of the four
     arrangements of the two, the judge finds the wished one likeliest; chance is 1/4)."""
     index = {c["name"]: i for i, c in enumerate(world.concepts)}
     cells = {"left": ((0, 16), (32, 16)), "above": ((16, 0), (16, 32))}
@@ -266,7 +268,7 @@ def score_layout(model, processor, world, n=40):
     `<dream_start>` its first choice? `n`: how many pictures there are; `interval`: of each figure, drawing the articles about one class together."""
     layout, topics, verdicts = processor.layout, [], {"precision": [], "recall": [], "f1": []}
     for r in sample_rows(articles(world, "held_out_renderings"), n):
-        batch = processor(to_document(r, world))
+        batch = processor(to_document(r, world)).to(model.device)
         choice = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).logits[0, :-1].argmax(-1)
         label = batch["labels"][0, 1:]
         here = (label == layout.id["<dream_start>"])[label != -100]
@@ -426,6 +428,6 @@ def measure_language(model, before, processor):
     after / before, with its interval; both read the same windows, so what is hard for both does not count as noise."""
     lines = definition_split(read_definitions())[1]
     stream = pack([encode_text(processor.tokenizer, line) for line in lines], 1, 2)
-    old, new = window_losses(before, stream), window_losses(model.language_model, stream)
+    old, new = (window_losses(m, stream.to(m.device)) for m in (before, model.language_model))
     ratio = {key: value if key == "n" else math.exp(value) for key, value in interval((new - old).tolist()).items()}
     return {"perplexity_before": old.mean().exp().item(), "perplexity_after": new.mean().exp().item(), "ratio": ratio}

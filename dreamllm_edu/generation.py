@@ -230,13 +230,14 @@ def _check(model, documents, processor):
 # %% ../nbs/09_generation.ipynb #adacdd74
 @torch.no_grad()
 def generate(self, documents, processor=None, max_new_tokens=120, max_pictures=4, temperature=0.0, top_p=1.0, guidance_scale=2.0,
-             num_inference_steps=20, seed=0, generator=None, callback=None, generation_config=None):
+             num_inference_steps=20, seed=0, generator=None, callback=None, generation_config=None, first=0):
     """Continue documents with text and pictures; returns a `Document` for a `Document`, a list for a list (prompts are given, answers follow).
 
     The model writes tokens; when it writes `<dream_start>` (or the prompt holds `Dream()`), it draws with guidance `guidance_scale` in
     `num_inference_steps` steps, sees what it drew, and goes on. `max_new_tokens` and `max_pictures` bound what is added to each document
     (the prompt's `Dream()`s are always drawn, and count); with `max_new_tokens=0` only those are drawn. Greedy at `temperature` 0.
-    What a document gets depends on `seed` and its own place in the list, not on its neighbours. `callback(i, text_or_picture)` is
+    What a document gets depends on `seed` and its own place in the list, not on its neighbours; who hands over a long list in pieces says with `first` at which
+    place a piece begins. `generator`: of the CPU, wherever the model is. `callback(i, text_or_picture)` is
     called as parts appear, text in pieces of whole letters. Without `processor` it is the miniature's. `generation_config`: a `GenerationConfig` of transformers, whose `max_new_tokens`, `do_sample`, `temperature`, `top_p`
     and `guidance_scale` come before the arguments. Raises `ValueError` for empty or overlong prompts, for numbers out of range, and for a processor that does not
     belong to the model."""
@@ -252,22 +253,27 @@ def generate(self, documents, processor=None, max_new_tokens=120, max_pictures=4
         return []
     processor = processor or mini_processor(num_queries=self.config.num_queries)
     _check(self, documents, processor)
-    for name, value, *bounds in (("max_new_tokens", max_new_tokens, 0), ("max_pictures", max_pictures, 0), ("seed", seed, 0, 2**62),
+    for name, value, *bounds in (("max_new_tokens", max_new_tokens, 0), ("max_pictures", max_pictures, 0), ("seed", seed, 0, 2**62), ("first", first, 0, 2**32),
                                  ("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps),
                                  ("temperature", temperature, 0, None, numbers.Real), ("top_p", top_p, 1e-9, 1, numbers.Real),
                                  ("guidance_scale", guidance_scale, 0, 1000, numbers.Real)):
         check_number(name, value, *bounds)
     if generator is not None:
         seed = int(torch.randint(2**31, (1,), generator=generator))
-    words = [torch.Generator().manual_seed(seed + 7919 * b + 1) for b in range(len(documents))]
+    own = [seed + 7919 * (first + b) for b in range(len(documents))]
+    words = [torch.Generator().manual_seed(s + 1) for s in own]
     options = dict(max_new_tokens=max_new_tokens, max_pictures=max_pictures, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
-                   generators=[torch.Generator().manual_seed(seed + 7919 * b) for b in range(len(documents))], callback=callback,
+                   generators=[torch.Generator().manual_seed(s) for s in own], callback=callback,
                    pick=lambda logits, allowed, who: pick(logits, allowed, temperature, top_p, [words[b] for b in who]))
     layout = processor.layout
-    rows = [Row(prompt_blocks(d, layout)) for d in documents]
-    feeder, null = Feeder(self, rows), self.null_condition()
-    while not all(r.done for r in rows):
-        step(feeder, layout, processor, null, options)
+    rows, training = [Row(prompt_blocks(d, layout)) for d in documents], self.training
+    self.eval()  # no dropout, and no checkpointing of layers, which would switch the cache off
+    try:
+        feeder, null = Feeder(self, rows), self.null_condition()
+        while not all(r.done for r in rows):
+            step(feeder, layout, processor, null, options)
+    finally:
+        self.train(training)
     out = [Document(merge(d, r.parts), len(d.parts), d.name) for d, r in zip(documents, rows)]
     return out[0] if single else out
 

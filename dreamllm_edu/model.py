@@ -6,11 +6,12 @@
 __all__ = ['WEIGHTS', 'MARKS', 'DreamLLMConfig', 'DreamLLMOutput', 'DreamLLM', 'encode_images', 'encode_latents', 'blocks_by_row',
            'embed', 'null_condition', 'image_loss_of', 'added_conditions', 'draws', 'forward', 'quiet', 'load_part',
            'plain_config', 'assemble', 'checked_tensors', 'trained_tensors', 'frozen', 'weights_sum', 'load_trained',
-           'save_trained', 'check_parts', 'parts_folder', 'mini', 'save_pretrained', 'from_pretrained',
+           'parts_mark', 'save_trained', 'check_parts', 'parts_folder', 'mini', 'save_pretrained', 'from_pretrained',
            'mini_processor']
 
 # %% ../nbs/08_model.ipynb #4116f0fb
 import functools
+import inspect
 import re
 import zlib
 from contextlib import contextmanager
@@ -221,20 +222,20 @@ def added_conditions(self, conditions):
 @_patch(DreamLLM)
 def draws(self, latents, generator, noise, timesteps, drop_mask, offset_noise=None, perturbation_noise=None):
     """What of `noise` [n, Z, h, w], `offset_noise` [n, Z, 1, 1], `perturbation_noise` [n, Z, h, w], `timesteps` [n] and `drop_mask` [n] was not
-    given, from `generator`, in the official code's order: (noise, timesteps, drop mask, perturbation)."""
+    given, from `generator` (of the CPU, wherever the model is), in the official code's order: (noise, timesteps, drop mask, perturbation)."""
     config, normal = self.config, lambda *shape: torch.randn(shape, generator=generator).to(latents)
     noise = normal(*latents.shape) if noise is None else noise.to(latents)
     if config.noise_offset:
-        noise = noise + config.noise_offset * (normal(*latents.shape[:2], 1, 1) if offset_noise is None else offset_noise)
+        noise = noise + config.noise_offset * (normal(*latents.shape[:2], 1, 1) if offset_noise is None else offset_noise.to(latents))
     perturbation = None
     if config.input_perturbation:
-        perturbation = config.input_perturbation * (normal(*latents.shape) if perturbation_noise is None else perturbation_noise)
+        perturbation = config.input_perturbation * (normal(*latents.shape) if perturbation_noise is None else perturbation_noise.to(latents))
     if timesteps is None:
         total = self.scheduler.config.num_train_timesteps
-        timesteps = draw_timesteps(total, len(latents), generator, config.timestep_exponent).to(latents.device)
+        timesteps = draw_timesteps(total, len(latents), generator, config.timestep_exponent)
     if drop_mask is None and self.training and config.condition_dropout:
-        drop_mask = torch.bernoulli(torch.full(latents.shape[:1], config.condition_dropout), generator=generator).bool().to(latents.device)
-    return noise, timesteps, drop_mask, perturbation
+        drop_mask = torch.bernoulli(torch.full(latents.shape[:1], config.condition_dropout), generator=generator).bool()
+    return noise, timesteps.to(latents.device), drop_mask if drop_mask is None else drop_mask.to(latents.device), perturbation
 
 # %% ../nbs/08_model.ipynb #44182123
 @_patch(DreamLLM)
@@ -391,19 +392,25 @@ def load_trained(model, path):
     return model
 
 
+def parts_mark(model):
+    """What saved weights say of the frozen parts beside which they were trained: their sum; None for parts in half precision, which are rounded copies."""
+    parts = frozen(model)
+    return str(weights_sum(parts)) if {p.dtype for p in parts.parameters()} == {torch.float32} else None
+
+
 def save_trained(model, path):
     """The inverse of `load_trained`, in half precision, written aside and renamed. The file says which frozen parts it belongs to (`check_parts`)."""
-    path = Path(path)
+    path, mark = Path(path), parts_mark(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {k: v.half().contiguous() for k, v in trained_tensors(model).items()}, {"frozen parts": str(weights_sum(frozen(model)))})
+    write_tensors(path, {k: v.half().contiguous() for k, v in trained_tensors(model).items()}, {"frozen parts": mark} if mark else None)
 
 # %% ../nbs/08_model.ipynb #8c346452
 def check_parts(model, path):
     """`ValueError` if the weights in the file `path` say that they were trained on other frozen parts than the model's: no error would follow, only
-    worse pictures."""
+    worse pictures. Files that do not say, and parts in half precision, are believed."""
     with safe_open(path, "pt") as file:
-        said = (file.metadata() or {}).get("frozen parts")
-    if said not in (None, str(weights_sum(frozen(model)))):
+        said, mark = (file.metadata() or {}).get("frozen parts"), parts_mark(model)
+    if said and mark and said != mark:
         raise ValueError(f"{path} was trained on other parts (vision encoder, U-Net or VAE); name their folder with --parts")
 
 # %% ../nbs/08_model.ipynb #3259aa93
@@ -436,6 +443,8 @@ def save_pretrained(self, folder, **kwargs):
     """Save config and safetensors, so that a full disk leaves the old checkpoint whole. Weights of an earlier save that was cut into other files
     are removed: a loader would take those."""
     written = set()
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", Path(folder).name)  # the library would take the name of the folder aside
     def save(aside):
         PreTrainedModel.save_pretrained(self, aside, **kwargs)
         written.update(path.name for path in aside.iterdir())
@@ -450,11 +459,15 @@ DreamLLM.save_pretrained = save_pretrained
 # %% ../nbs/08_model.ipynb #30b88d12
 @classmethod
 def from_pretrained(cls, name, *args, **kwargs):
-    """`"mini"` is the shipped miniature; anything else is a folder or hub name. Unlike the default, missing or extra tensors are an error."""
+    """`"mini"` is the shipped miniature, with `dtype` and the options of `mini`; anything else is a folder or hub name. Unlike the default, missing or extra
+    tensors are an error. `ValueError` for these, and for options of `"mini"` that would do nothing."""
     wants_info = kwargs.pop("output_loading_info", False)
     if str(name) == "mini":
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto": as it comes
+        dtype = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        strange = kwargs.keys() - {"trained", "parts", "local_files_only", *inspect.signature(cls.config_class).parameters}
+        if strange or dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"'mini' takes no {', '.join(sorted(strange)) or f'dtype={dtype!r}'}; it loads on the CPU, then use model.to(...)")
         model = mini(**kwargs)
         model = model if dtype is None else model.to(dtype)
         return (model, dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), [])) if wants_info else model

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'NEEDS', 'Captioned', 'to_unit', 'pretrain_tokenizer', 'load_tokenizer', 'pretrain_vae', 'numbered',
            'last_states', 'style_numbers', 'tune_vision', 'pretrain_clip', 'caption_states', 'latent_moments',
-           'pretrain_unet', 'pretrain_perceptor', 'perceptual_distance', 'redrawn_latents', 'pretrain_decoder',
-           'pretrain_language', 'keep_record', 'pretrain', 'measure_language_part', 'measure_clip_part', 'psnr',
-           'measure_vae_part', 'measure_judge_part', 'measure_unet_part', 'measure_parts']
+           'pretrain_unet', 'pretrain_perceptor', 'perceptual_distance', 'redrawn_latents', 'plain_vae',
+           'pretrain_decoder', 'pretrain_language', 'keep_record', 'pretrain', 'measure_language_part',
+           'measure_clip_part', 'psnr', 'measure_vae_part', 'measure_judge_part', 'measure_unet_part', 'measure_parts']
 
 # %% ../nbs/12_pretraining.ipynb #2deb5507
 import json
@@ -29,7 +29,7 @@ from .language import llama_config, next_token_loss, pack
 from .evaluation import (Judge, draw_from_text_encoder, interval, judge_data, judge_pictures, load_judge, real_pictures, score_creation,
                                      through_vae, train_judge, wishes)
 from .losses import denoising_loss
-from .model import WEIGHTS, load_part, quiet
+from .model import WEIGHTS, load_part, quiet, weights_sum
 from .tokenization import caption_ids, encode_text, read_tokenizer, train_tokenizer
 from .training import fit
 from .vision import clip_config, clip_normalize, contrastive_loss, erase, jiggle, text_embeds
@@ -126,7 +126,7 @@ def style_numbers(refs):
 
 # %% ../nbs/12_pretraining.ipynb #7c1e5a90
 def tune_vision(model, data, pixels, tokenizer, runs, steps, batch, seed, progress):
-    """The second half of CLIP's training: the text tower is locked (Zhai et al. 2022, LiT) and read once, so the U-Net may already use it; the
+    """The second half of CLIP's training: the text tower is locked (the mirror image of LiT, Zhai et al. 2022, where the vision tower is) and read once, so the U-Net may already use it; the
     vision tower starts again, on batches in which every concept comes in all its styles. Each picture is compared with the bare names (what do the
     drawings of one thing share?). Four in ten are tinted; the others keep their palette, by which a designer is known, and are asked for their
     style twice: by comparison with their own caption in all styles, and by a linear layer on the patches that DreamLLM will read."""
@@ -211,7 +211,7 @@ def latent_moments(vae, pixels):
     return tuple(torch.cat([getattr(d, name) for d in found]) * vae.config.scaling_factor for name in ("mean", "std"))
 
 # %% ../nbs/12_pretraining.ipynb #bc6d0304
-def pretrain_unet(out, runs, steps=14000, batch=64, seed=0, progress=True, compile=False, init=None):
+def pretrain_unet(out, runs, steps=28000, batch=64, seed=0, progress=True, compile=False, init=None):
     """Text-to-image: a U-Net conditioned on CLIP's text states, 10 % of the captions replaced by the empty one, a fifth of the pictures scenes."""
     data, tokenizer = Captioned(), load_tokenizer(out)
     clip = load_part(CLIPModel, out / "clip", dtype=torch.float32).eval()
@@ -234,7 +234,7 @@ def pretrain_unet(out, runs, steps=14000, batch=64, seed=0, progress=True, compi
         return {"loss": denoising_loss(model, scheduler, latents, condition, noise, timesteps)}
 
     unet, history = fit(unet, loss_of_step, steps, 1.2e-3, folder=runs / "unet", seed=seed, ema_decay=0.999, progress=progress,
-                        description="U-Net", save_every=250, compile=compile)
+                        description="U-Net", save_every=250, compile=compile, reads={"VAE": vae.encoder, "text encoder": clip.text_model})
     write_folder(out / "unet", unet.half().save_pretrained)
     write_folder(out / "scheduler", scheduler.save_pretrained)
     return history
@@ -287,13 +287,24 @@ def redrawn_latents(out, mean, captions, seed=0):
     return torch.cat(found)
 
 # %% ../nbs/12_pretraining.ipynb #00d3bc80
+def plain_vae(out, folder):
+    """The VAE as `pretrain_vae` left it in `out`. It is kept in `folder`, for after the first training of its decoder `out` holds another, and a second
+    call must begin where the first one did."""
+    load, kept = lambda place: load_part(AutoencoderKL, place / "vae", torch_dtype=torch.float32), folder / "vae" / "config.json"
+    vae = load(out)
+    if kept.exists() and weights_sum(load(folder).encoder) == weights_sum(vae.encoder):
+        return load(folder)
+    write_folder(folder / "vae", vae.half().save_pretrained)
+    return vae.float()
+
+
 def pretrain_decoder(out, runs, steps=4200, perceptor_steps=1000, batch=32, seed=0, progress=True):
     """Train the VAE's decoder further with the encoder locked: the latents, and so the U-Net, stay what they are; the pictures
     get sharper, at a small cost in squared error on drawings that training did not show.
 
     The error of pixels, of differences between neighbouring pixels (edges carry a drawing) and of a network's features, on latents of the training
     pictures: two thirds as the encoder makes them, half of these with noise added, one third as the U-Net draws them again."""
-    data, vae = Captioned(), load_part(AutoencoderKL, out / "vae", torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+    data, vae = Captioned(), plain_vae(out, runs / "decoder-perceptual").to(memory_format=torch.channels_last)
     pixels, scale = data.pixels(), vae.config.scaling_factor
     mean, std = latent_moments(vae, pixels)
     redrawn = redrawn_latents(out, mean, data.captions)
@@ -349,6 +360,8 @@ def keep_record(path, part, history):
         made = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); delete it, the parts beside it stay as they are") from error
+    if part == "vae":
+        made.pop("decoder", None)  # the new VAE has a plain decoder again
     made[part] = {"steps": len(history), "seconds": round(sum(row["seconds"] for row in ends), 1)}
     write_text(path, json.dumps(made, indent=1) + "\n")
 
@@ -362,9 +375,11 @@ NEEDS = {"clip": ("tokenizer",), "language": ("tokenizer",), "unet": ("tokenizer
 def pretrain(part, out, runs, steps=None, progress=True, init=None, compile=False):
     """Make one part into `out`; the resumable state lies in `runs`; `init`: parts from which CLIP, language model or U-Net are trained further. `steps`: instead of the part's
     own number (CLIP: of either half; decoder: of its perceptor, too). `compile`: the U-Net, the longest of the trainings, in compiled form. Steps and
-    seconds of training are kept in `out/pretraining.json`. Raises `ValueError` when a part that it needs is missing."""
+    seconds of training are kept in `out/pretraining.json`. Raises `ValueError` when a part that it needs, or goes on from, is missing."""
     out, runs = Path(out), Path(runs)
     missing = [need for need in NEEDS.get(part, ()) if not (out / need).exists()]
+    if init and part in ("clip", "language", "unet") and not (Path(init) / part).is_dir():
+        raise ValueError(f"{init}: no part {part} there to go on from; give a folder that pretrain wrote")
     if missing:
         raise ValueError(f"{part} needs {', '.join(missing)} in {out}; pretrain {'it' if len(missing) == 1 else 'them'} first, or all")
     job = {"tokenizer": pretrain_tokenizer, "vae": pretrain_vae, "clip": pretrain_clip, "language": pretrain_language, "unet": pretrain_unet,

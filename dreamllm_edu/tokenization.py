@@ -7,7 +7,6 @@ __all__ = ['SPECIAL_TOKENS', 'train_tokenizer', 'encode_text', 'caption_ids', 'S
            'DreamLLMProcessor', 'read_tokenizer', 'later']
 
 # %% ../nbs/02_tokenization.ipynb #873fbed8
-import functools
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +65,23 @@ class SlotLayout:
         if max_length < 2:
             raise ValueError(f"max_length={max_length}: a sequence needs room for <s> and </s>, give at least 2")
         self.tokenizer, self.num_queries, self.num_patches, self.max_length = tokenizer, num_queries, num_patches, max_length
-        self.text_ids = functools.lru_cache(maxsize=100_000)(lambda text: encode_text(tokenizer, text))  # captions come again and again
+        self.known = {}  # the ids of short texts
         self.id = {token: tokenizer.convert_tokens_to_ids((token_names or {}).get(token, token)) for token in SPECIAL_TOKENS}
         missing = [token for token, i in self.id.items() if i is None or i == tokenizer.unk_token_id]
         if missing:
             raise ValueError(f"the tokenizer lacks the special tokens {missing}; add them with add_special_tokens and resize the model's embeddings")
+
+    def __getstate__(self):
+        return {**vars(self), "known": {}}  # nobody needs them sent to another process
+
+    def text_ids(self, text):
+        """`encode_text`, once for every short text: captions come again and again, paragraphs hardly ever."""
+        if text in self.known:
+            return self.known[text]
+        ids = encode_text(self.tokenizer, text)
+        if len(text) <= 200 and len(self.known) < 100_000:
+            self.known[text] = ids
+        return ids
 
     def image_block(self):
         return [self.id["<image_start>"]] + [self.id["<image_patch>"]] * self.num_patches + [self.id["<image_end>"]]
@@ -180,6 +191,8 @@ class DreamLLMProcessor(ProcessorMixin):
 
     def save_pretrained(self, folder, **kwargs):
         """As the library does, but written aside: a full disk leaves what was there whole."""
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(folder).name)  # the library would take the name of the folder aside
         write_folder(folder, lambda aside: ProcessorMixin.save_pretrained(self, aside, **kwargs))
 
 # %% ../nbs/02_tokenization.ipynb #4c9f1ad9

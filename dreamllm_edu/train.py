@@ -10,8 +10,9 @@ __all__ = ['Item', 'throw_dice', 'first_fit', 'packed_rows', 'null_document', 's
            'save_checkpoint', 'whole_checkpoint', 'last_checkpoint', 'read_share', 'load_checkpoint', 'Settings',
            'micro_batches', 'attention', 'precision', 'backward', 'merged', 'full', 'gradient_norm', 'part_norms',
            'keep_bad_batch', 'update_weights', 'Stopper', 'Log', 'read_log', 'start_state', 'one_step', 'run', 'speed',
-           'gathered', 'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'corpora_of', 'build',
-           'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main', 'leave']
+           'gathered', 'draw_samples', 'save_weights', 'curves', 'report', 'read_recipe', 'definition_records',
+           'corpora_of', 'build', 'parser', 'find_recipe', 'chosen', 'start', 'initial_weights', 'train_stage', 'main',
+           'leave']
 
 # %% ../nbs/19_full_scale.ipynb #a565a824
 import argparse
@@ -29,6 +30,7 @@ import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +48,7 @@ from tqdm.auto import tqdm
 from .corpora import Lane, emoji, lanes_of, open_corpora
 from .documents import Document, let_others_read, picture_tensor, write_tensors, write_text
 from .losses import draw_timesteps
-from .model import assemble, load_trained, mini, mini_processor
+from .model import assemble, check_parts, load_trained, mini, mini_processor, parts_mark
 from .tokenization import DreamLLMProcessor, Sequence
 from .training import Stage, cut_last_picture, learning_rate_at, set_trainable, step_generator
 
@@ -902,8 +904,9 @@ def draw_samples(model, processor, prompts, path, settings, max_new_tokens=24):
         write_jsonl(documents, path)
 
 
-def save_weights(model, path):
-    """What training changes, as `save_trained` writes it, from however many ranks: tensors are gathered one by one."""
+def save_weights(model, path, mark=None):
+    """What training changes, as `save_trained` writes it, from however many ranks: tensors are gathered one by one. `mark`: of the frozen parts (`parts_mark`),
+    taken before they were shared out."""
     from dreamllm_edu.model import trained_tensors
 
     tensors, (rank, _), named = {}, rank_and_world(), dict(model.named_parameters())
@@ -914,7 +917,7 @@ def save_weights(model, path):
     if rank == 0:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, tensors)
+        write_tensors(path, tensors, {"frozen parts": mark} if mark else None)
     agree(0.0)
 
 # %% ../nbs/19_full_scale.ipynb #a0447985
@@ -978,10 +981,17 @@ def read_recipe(path):
     return raw.get("parts", {}), settings, stages
 
 
+def definition_records(shard, name):
+    """WordNet's training definitions as records; a function of the module, so that processes that are not forked can be given it."""
+    from dreamllm_edu.corpora import Record
+    from dreamllm_edu.data import definition_split, read_definitions
+
+    return (Record([line], 0, f"{name}:{i}", name) for i, line in enumerate(definition_split(read_definitions())[0]))
+
+
 def corpora_of(stage, data=None, network=False):
     """The corpora of a stage's mixture. `emoji` and `definitions` come with the package; all others lie under the folder `data`."""
-    from dreamllm_edu.corpora import Corpus, Record
-    from dreamllm_edu.data import definition_split, read_definitions
+    from dreamllm_edu.corpora import Corpus
 
     own, others = [], {}
     for name, entry in stage.mixture.items():
@@ -989,9 +999,7 @@ def corpora_of(stage, data=None, network=False):
         if entry["format"] == "emoji":
             own.append(emoji(name, entry.get("kinds", [name]), weight=entry["weight"]))
         elif entry["format"] == "definitions":
-            def read(shard, name=name):
-                return (Record([line], 0, f"{name}:{i}", name) for i, line in enumerate(definition_split(read_definitions())[0]))
-            own.append(Corpus(name, ("definitions",), read, entry["weight"]))
+            own.append(Corpus(name, ("definitions",), partial(definition_records, name=name), entry["weight"]))
         else:
             others[name] = entry
     if others and data is None:
@@ -1120,6 +1128,8 @@ def train_stage(args):
     model, processor = build(args.scale, args.parts if args.scale == "mini" else parts, settings.room, args.network)
     if weights:
         load_trained(model, weights)
+        check_parts(model, weights)
+    mark = parts_mark(model)
     model.to(accelerator.device)
     store = FeatureStore(args.cache, fingerprint(model)) if args.cache else None
     if args.fill_cache:
@@ -1133,7 +1143,7 @@ def train_stage(args):
         accelerator.init_trackers("dreamllm_edu")
     prompts = [Document(["A drawing of an apple: "]), Document(["A drawing of a red car: "])]
     run(model, processor, stage, corpora, folder, settings, store=store, trackers=[accelerator] if args.trackers else (), samples=prompts)
-    save_weights(model, folder / "trained.safetensors")
+    save_weights(model, folder / "trained.safetensors", mark)
     if accelerator.is_main_process:
         print(f"weights: {folder / 'trained.safetensors'}, report: {report(folder, stage.name)}")
     agree(0.0)  # nobody leaves before the report is there: a launcher that sees one go may end the others

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .data import World, definition_split, load, read_definitions
-from .documents import picture_tensor, write_text
+from .documents import picture_tensor, write_text, written_aside
 from .language import pack
 from .model import weights_sum
 from .tokenization import Sequence, collate, encode_text
@@ -73,16 +73,13 @@ def load_trainable(model, state):
 
 # %% ../nbs/10_training.ipynb #252f8633
 def save_state(path, state):
-    """Write a checkpoint aside, then rename it: a crash or a full disk leaves the one before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    try:
-        torch.save(state, aside)
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"could not save {path} ({error}); free some space, the last checkpoint is untouched") from error
-    aside.replace(path)
+    """Write a checkpoint aside, then rename it: a crash, a power cut or a full disk leaves the one before."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        try:
+            torch.save(state, aside)
+        except RuntimeError as error:  # one of torch's words for a full disk
+            raise OSError(error) from error
 
 # %% ../nbs/10_training.ipynb #36e8e912
 def write_checkpoint(path, model, ema, optimizer, history, run=None):
@@ -140,16 +137,20 @@ def whole_step():
 
 # %% ../nbs/10_training.ipynb #2f826921
 def fit(model, loss_of_step, steps, learning_rate, folder=None, seed=0, warmup=100, ema_decay=0.0, weight_decay=0.01,
-        clip_norm=1.0, mixed_precision="bf16", compile=False, save_every=500, progress=True, description="training", on_step=None):
+        clip_norm=1.0, mixed_precision="bf16", compile=False, save_every=500, progress=True, description="training", on_step=None, reads=None):
     """Train what requires a gradient in `model`; one loop for every part and stage.
 
     `loss_of_step(model, step, generator)` -> dict of scalars with the key `loss`. With `folder`, the state is saved every
     `save_every` steps and on Ctrl-C, and a second call goes on from there. Returns `(weights, history)`: the EMA copy of the model
-    (the model itself when `ema_decay` is 0) and one dict of floats a step. Raises `FloatingPointError` on a loss that is not finite, and `ValueError`
-    when the state in `folder` is damaged or belongs to a run with another seed or other starting weights."""
+    (the model itself when `ema_decay` is 0) and one dict of floats a step. `reads`: frozen networks, by name, whose answers the loss uses. Raises
+    `FloatingPointError` on a loss that is not finite, and `ValueError` for a model on a GPU, and when the state in `folder` is damaged or belongs to a
+    run with another seed, number of steps, learning rate, other starting weights or other networks that it reads."""
     if mixed_precision not in ("bf16", "no"):
         raise ValueError(f"mixed_precision={mixed_precision!r}: use 'bf16' or 'no'")
-    run = {"seed": seed, "starting weights": weights_sum(model)}
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        raise ValueError("this loop trains on the CPU: move the model there with model.to('cpu'); on GPUs use python -m dreamllm_edu.train")
+    run = {"seed": seed, "number of steps": steps, "learning rate": learning_rate, "starting weights": weights_sum(model),
+           **{name: weights_sum(network) for name, network in (reads or {}).items()}}
     accelerator = Accelerator(cpu=True)  # batches are made on the CPU: the model must not move to a GPU on its own
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
@@ -267,9 +268,9 @@ class FeatureCache:
                 single = torch.tensor(["/" in ref.ref for ref in refs[start:start + batch]])
                 pixels = torch.stack([picture_tensor(p, processor.target_size) for p in pictures])
                 seen = [processor.pixels(pictures)] + [clip_normalize(altered(pixels, single, step_generator(view, start))) for view in range(1, views)]
-                features.append(torch.stack([model.encode_images(view).half() for view in seen], 1))
-                posterior = model.vae.encode(pixels).latent_dist
-                moments.append(torch.stack([posterior.mean, posterior.std], 1) * model.vae.config.scaling_factor)
+                features.append(torch.stack([model.encode_images(view).half().cpu() for view in seen], 1))
+                posterior = model.vae.encode(pixels.to(model.device, model.vae.dtype)).latent_dist
+                moments.append(torch.stack([posterior.mean, posterior.std], 1).float().cpu() * model.vae.config.scaling_factor)
         self.features, self.moments = (torch.cat(rows) if rows else torch.empty(0) for rows in (features, moments))  # texts alone need neither
 
     def images(self, refs, generator=None):
@@ -345,7 +346,8 @@ class Mixture:
 
 # %% ../nbs/10_training.ipynb #98d144c0
 def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, progress=True, on_step=None):
-    """Train `model` in place for one stage; returns the history (`loss`, `lm_loss`, `image_loss` by step). `steps`: at least 1, instead of the stage's own."""
+    """Train `model` in place for one stage, and leave it in evaluation mode; returns the history (`loss`, `lm_loss`, `image_loss` by step). `steps`: at
+    least 1, instead of the stage's own."""
     steps = stage.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"stage {stage.name}: {steps} steps; give at least 1, or leave the stage out")
@@ -362,6 +364,7 @@ def run_stage(model, stage, mixture, cache, folder=None, steps=None, seed=0, pro
                             warmup=min(stage.warmup, steps // 5 + 1), ema_decay=stage.ema_decay, weight_decay=stage.weight_decay,
                             progress=progress, description=f"stage {stage.name}", on_step=on_step, save_every=250)
     load_trainable(model, trainable_state(averaged))
+    model.eval()
     return history
 
 # %% ../nbs/10_training.ipynb #5e5a6db6

@@ -109,6 +109,33 @@ def test_a_transparent_colour_is_white(mode, colour):
     assert load_picture(saved(image, transparency=colour)).tobytes() == b"\xff" * 12
 
 
+def test_a_transparent_value_of_sixteen_bits_is_white_and_no_other():
+    grey = Image.fromarray(np.array([[200, 51400, 25700]], np.uint16))  # as bytes: 0 (transparent), 200 (opaque), 100
+    assert np.asarray(load_picture(saved(grey, transparency=200)))[0, :, 0].tolist() == [255, 200, 100]
+
+
+def test_float_pictures_of_either_range():
+    for values in ([[0.0, 0.5, 1.0]], [[0.0, 127.5, 255.0]]):
+        found = np.asarray(load_picture(saved(Image.fromarray(np.array(values, np.float32)), "TIFF")))[0, :, 0]
+        assert found.tolist() == [0, 127, 255]
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: io.BytesIO(data)], ids=["bytes", "file"])
+def test_postscript_is_refused_before_an_interpreter_starts(wrap, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1) or Image.new("RGB", (9, 9)).im)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    Image.open(io.BytesIO(eps)).load()
+    assert started, "Pillow alone does start it"
+    started.clear()
+    with pytest.raises(ValueError, match="unknown format.*PNG, JPEG, WebP or GIF"):
+        load_picture(wrap(eps))
+    assert not started
+
+
 def test_the_first_frame_of_an_animation():
     frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "lime", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
@@ -690,6 +717,28 @@ def test_a_damaged_judge(damage, tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         load_judge(tmp_path)
+
+
+@pytest.mark.parametrize("alt", ["", "Fig. [1]", "a [b", "[a] [b] c"])
+def test_brackets_in_the_words_beside_a_picture(alt, tmp_path):
+    picture(1).save(tmp_path / "x.png")
+    assert document_from_markdown(f"see ![{alt}](x.png) here", tmp_path).parts == ["see ", picture(1), " here"]
+
+
+def test_a_name_too_long_for_a_disk_is_a_bad_picture():
+    with pytest.raises(ValueError, match="too long"):
+        document_from_markdown(f"![]({'a%20' * 300}.png)")
+
+
+def test_a_model_on_another_device_is_told_where_to_train():
+    with pytest.raises(ValueError, match=r"model\.to\('cpu'\).*dreamllm_edu\.train"):
+        fit(torch.nn.Linear(2, 2, device="meta"), lambda m, s, g: {}, 1, 1e-3, progress=False)
+
+
+@pytest.mark.parametrize("options,word", [({"device_map": "cuda"}, "device_map"), ({"dtype": "bfloat"}, "dtype='bfloat'"), ({"revision": "main"}, "revision")])
+def test_options_that_would_do_nothing_for_the_miniature_are_refused(options, word):
+    with pytest.raises(ValueError, match=word):
+        DreamLLM.from_pretrained("mini", **options)
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):

@@ -16,6 +16,7 @@ from conftest import ROOT, full_disk, make_tiny, picture, run_command
 from PIL import Image
 from safetensors.torch import load_file
 
+import dreamllm_edu.cli
 import dreamllm_edu.demo
 import dreamllm_edu.evaluation
 import dreamllm_edu.generation
@@ -249,26 +250,37 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     """A real signal to a real process; the judge is the part that needs no other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background job would ignore the signal
-    command = [sys.executable, "-c", start + "from dreamllm_edu.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "400"]
+    command = [sys.executable, "-c", start + "from dreamllm_edu.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "60"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=environment)
     seen = b""
-    while not re.search(rb"judge:.* [1-9]\d*/400", seen):  # the bar does not show every step
+    while not re.search(rb"judge:.* [1-9]\d*/60", seen):  # the bar does not show every step
         piece = process.stderr.read1(4096)
         assert piece, f"it ended before its first step: {seen.decode()[-500:]}"
         seen += piece
     process.send_signal(signal.SIGINT)
     seen += process.stderr.read()
     assert process.wait(120) == 130 and b"Traceback" not in seen
-    assert re.search(rb"dreamllm-edu: judge stopped after \d+ of 400 steps; run the same command again to go on from work/judge/state\.pt", seen)
+    assert re.search(rb"dreamllm-edu: judge stopped after \d+ of 60 steps; run the same command again to go on from work/judge/state\.pt", seen)
     made = torch.load(tmp_path / "work" / "judge" / "state.pt", weights_only=True)["step"]
-    assert 1 <= made < 400 and not (tmp_path / "parts" / "judge").exists()
+    assert 1 <= made < 60 and not (tmp_path / "parts" / "judge").exists()
     assert len((tmp_path / "work" / "judge" / "log.jsonl").read_text().splitlines()) == made
-    assert main(["pretrain", "judge", "--out", str(tmp_path / "parts"), "--runs", str(tmp_path / "work"), "--steps", str(made + 1)]) == 0
+    again = ["pretrain", "judge", "--out", tmp_path / "parts", "--runs", tmp_path / "work", "--steps"]
+    refused([*again, made], capsys, "another number of steps")
+    assert main([str(word) for word in [*again, 60]]) == 0
     log = [json.loads(line) for line in (tmp_path / "work" / "judge" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in log] == list(range(made + 1)), "it went on where it stopped"
+    assert [row["step"] for row in log] == list(range(60)), "it went on where it stopped"
     assert (tmp_path / "parts" / "judge" / "model.safetensors").stat().st_size > 1_000_000
     record = json.loads((tmp_path / "parts" / "pretraining.json").read_text())
-    assert record.keys() == {"judge"} and record["judge"]["steps"] == made + 1 and record["judge"]["seconds"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+    assert record.keys() == {"judge"} and record["judge"]["steps"] == 60 and record["judge"]["seconds"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+
+
+@pytest.mark.parametrize("part", ["clip", "unet", "all"])
+def test_a_folder_to_go_on_from_that_is_not_there(part, tmp_path, capsys):
+    for need in ("tokenizer", "clip", "vae"):
+        (tmp_path / "p" / need).mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for init in ["nowhere"] + ["empty"] * (part != "all"):
+        refused(["pretrain", part, "--init", tmp_path / init, "--out", tmp_path / "p", "--runs", tmp_path / "w"], capsys, init, "pretrain wrote")
 
 
 def test_the_record_of_several_trainings_adds_their_seconds_and_keeps_other_parts(tmp_path):
@@ -401,3 +413,55 @@ def test_a_missing_part_is_named(tmp_path):
     with pytest.raises(ValueError, match="the part scheduler is missing; make it with dreamllm-edu pretrain unet"):
         parts_folder(tmp_path)
     assert parts_folder(tmp_path, needed=("tokenizer",)) == tmp_path
+
+
+# ---------------------------------------------------------------- long lists, and readers who leave
+
+def test_a_long_list_is_written_in_pieces_and_what_is_ready_is_kept(model, tmp_path, capsys, monkeypatch):
+    prompts = [Document([text]) for text in ("cat:", "dog:", "a cat", "two", "cat: a")]
+    write_jsonl(prompts, tmp_path / "p.jsonl")
+    ask = lambda name: main(["generate", str(tmp_path / "p.jsonl"), "--model", str(model), "--temperature", "1.5", "--out", str(tmp_path / name), *QUICK])
+    assert ask("whole.jsonl") == 0
+    monkeypatch.setattr(dreamllm_edu.cli, "BATCH", 2)
+    assert ask("pieces.jsonl") == 0
+    whole = read_jsonl(tmp_path / "whole.jsonl")
+    assert [d.texts for d in read_jsonl(tmp_path / "pieces.jsonl")] == [d.texts for d in whole] and len(whole) == 5
+    real = dreamllm_edu.generation.DreamLLM.generate
+
+    def breaks(self, documents, *args, first=0, **options):
+        if first == 4:
+            raise ValueError("something broke")
+        return real(self, documents, *args, first=first, **options)
+
+    monkeypatch.setattr(dreamllm_edu.generation.DreamLLM, "generate", breaks)
+    capsys.readouterr()
+    assert ask("part.jsonl") == 1
+    assert "4 of 5 documents" in capsys.readouterr().out
+    assert [d.texts for d in read_jsonl(tmp_path / "part.jsonl")] == [d.texts for d in whole[:4]]
+
+
+def test_a_reader_who_leaves_early_does_not_cost_the_document(model, tmp_path):
+    (tmp_path / "p.md").write_text("dog:\n")
+    start = "import sys, time; from dreamllm_edu.cli import main; sys.stdin.read(); sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", start, "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK], cwd=tmp_path, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    process.stdout.close()  # before the first word comes
+    process.stdin.close()
+    error = process.stderr.read()
+    assert process.wait(120) == 0 and "Broken" not in error, error
+    assert document_from_markdown((tmp_path / "d.md").read_text(), tmp_path).texts
+
+
+def test_a_terminal_without_the_letters_costs_no_document(model, tmp_path):
+    (tmp_path / "p.md").write_text("dog:")
+    command = [sys.executable, "-c", "import sys; from dreamllm_edu.cli import main, say; code = main(); say('\\N{SNOWMAN}'); sys.exit(code)", "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.rstrip().endswith(b"?"), done.stderr
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "with a byte-order mark"])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=["none", "newline", "of Windows"])
+def test_what_editors_add_to_a_file_is_no_text(start, end, tmp_path):
+    (tmp_path / "p.md").write_bytes(f"{start}cat:\nAssistant:{end}".encode())
+    (document,) = dreamllm_edu.cli.read_prompts(tmp_path / "p.md")
+    assert document.parts == ["cat:\nAssistant:"]

@@ -1,6 +1,7 @@
 """Two ways to the same result: where they differ, one of them is wrong."""
 import copy
 import json
+import pickle
 from types import SimpleNamespace
 
 import diffusers
@@ -15,6 +16,8 @@ from torch import nn
 import dreamllm_edu.training
 from dreamllm_edu.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
 from dreamllm_edu.documents import Document, Dream
+from dreamllm_edu.tokenization import encode_text
+from dreamllm_edu.train import corpora_of
 from dreamllm_edu.training import FeatureCache, Mixture, Stage, fit, run_stage, set_trainable, trainable_state, train
 
 STEPS, GUIDANCE = 3, 2.0
@@ -567,3 +570,36 @@ def test_learning_learns(processor):
 
 def test_context_is_what_the_tests_think(processor, tiny):
     assert (tiny.config.num_patches, tiny.config.num_queries, processor.max_length) == (PATCHES, QUERIES, CONTEXT)
+
+
+def test_a_model_that_is_training_writes_as_one_that_is_not_and_goes_on_training(processor):
+    model, ask = make_tiny(), dict(max_new_tokens=6, num_inference_steps=1, temperature=1.0, seed=3)
+    calm = model.generate(Document(["cat:"]), processor, **ask)
+    model.language_model.gradient_checkpointing_enable()
+    model.train()
+    assert model.generate(Document(["cat:"]), processor, **ask) == calm
+    assert model.training and not model.unet.training
+    with pytest.raises(ValueError):
+        model.generate(Document([]), processor)
+    assert model.training
+
+
+def test_a_piece_of_a_long_list_is_written_as_in_the_whole_list(trained, processor):
+    prompts, ask = [Document([text]) for text in ("cat:", "dog:", "two")], dict(max_new_tokens=5, max_pictures=0, temperature=1.5, seed=3)
+    assert trained.generate(prompts[2:], processor, first=2, **ask) == trained.generate(prompts, processor, **ask)[2:]
+    assert trained.generate(prompts[2:], processor, **ask) != trained.generate(prompts, processor, **ask)[2:]
+
+
+def test_a_layout_can_be_sent_to_another_process_and_keeps_short_texts_only(processor):
+    layout = processor.layout
+    assert layout.text_ids("a red cat") is layout.text_ids("a red cat")
+    long = "a red cat " * 30
+    assert layout.text_ids(long) == encode_text(processor.tokenizer, long) and list(layout.known) == ["a red cat"]
+    sent = pickle.loads(pickle.dumps(layout))
+    assert sent.encode(["a red cat"]) == layout.encode(["a red cat"])
+
+
+def test_corpora_of_a_recipe_can_be_sent_to_another_process():
+    stage = Stage("s", (), {"definitions": 0.5, "pairs": 0.5}, 1e-3, 1, 1)
+    sent = pickle.loads(pickle.dumps(corpora_of(stage)))
+    assert next(iter(sent[0].read(sent[0].shards[0]))).parts

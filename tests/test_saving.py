@@ -15,12 +15,14 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 import dreamllm_edu.demo
 import dreamllm_edu.evaluation
+import dreamllm_edu.model
+import dreamllm_edu.tokenization
 import dreamllm_edu.training
 from dreamllm_edu import data
 from dreamllm_edu.cli import main
 from dreamllm_edu.documents import Document, Dream, document_from_markdown, write_folder
-from dreamllm_edu.model import WEIGHTS, DreamLLM, load_part, load_trained, quiet, save_trained, weights_sum
-from dreamllm_edu.pretraining import keep_record
+from dreamllm_edu.model import WEIGHTS, DreamLLM, check_parts, load_part, load_trained, quiet, save_trained, weights_sum
+from dreamllm_edu.pretraining import keep_record, plain_vae
 from dreamllm_edu.tokenization import DreamLLMProcessor, read_tokenizer
 from dreamllm_edu.training import fit
 
@@ -43,8 +45,9 @@ def loss_of_step(model, step, generator):
     return {"loss": (model(x).float() - x.sum(1, keepdim=True)).square().mean()}
 
 
-def run(folder=None, seed=0, weights=0):
-    return fit(Net(weights), loss_of_step, 8, 1e-2, folder=folder, seed=seed, warmup=2, ema_decay=0.9, mixed_precision="no", progress=False)
+def run(folder=None, seed=0, weights=0, steps=8, rate=1e-2, read=5):
+    return fit(Net(weights), loss_of_step, steps, rate, folder=folder, seed=seed, warmup=2, ema_decay=0.9, mixed_precision="no", progress=False,
+               reads={"encoder": Net(read)})
 
 
 @pytest.mark.parametrize("where", ["loss_of_step", "update", "average_into"])
@@ -89,13 +92,55 @@ def test_a_state_is_not_taken_for_another_run(tmp_path):
     state = (tmp_path / "state.pt").read_bytes()
     with pytest.raises(ValueError, match="another seed; give a new folder"):
         run(tmp_path, seed=1)
-    with pytest.raises(ValueError, match="another starting weights"):
-        run(tmp_path, weights=1)
+    for other, word in (({"weights": 1}, "starting weights"), ({"steps": 4}, "number of steps"), ({"steps": 9}, "number of steps"), ({"rate": 2e-2}, "learning rate"),
+                        ({"read": 6}, "encoder")):
+        with pytest.raises(ValueError, match=f"another {word}; give a new folder"):
+            run(tmp_path, **other)
     assert (tmp_path / "state.pt").read_bytes() == state
     run(tmp_path)
     old = torch.load(tmp_path / "state.pt")
     torch.save({k: v for k, v in old.items() if k != "run"}, tmp_path / "state.pt")
     run(tmp_path, seed=1)  # a state of former versions does not say; it is believed
+
+
+def test_a_second_training_of_the_decoder_begins_where_the_first_began(tmp_path):
+    vae, out, folder = make_tiny().vae.half(), tmp_path / "parts", tmp_path / "work"
+    vae.save_pretrained(out / "vae")
+    begun = weights_sum(plain_vae(out, folder))
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(out / "vae")  # as the first training leaves it
+    assert weights_sum(plain_vae(out, folder)) == begun
+    with torch.no_grad():
+        vae.encoder.conv_out.bias += 1
+    vae.save_pretrained(out / "vae")  # a new VAE altogether
+    assert weights_sum(plain_vae(out, folder)) == weights_sum(vae.float()) != begun
+    assert weights_sum(plain_vae(out, folder)) == weights_sum(vae), "and that one is kept now"
+
+
+def test_the_record_forgets_the_decoder_of_a_former_vae(tmp_path):
+    for part in ("vae", "decoder", "judge", "vae"):
+        keep_record(tmp_path / "r.json", part, [{"step": 0, "seconds": 1.0}])
+    assert json.loads((tmp_path / "r.json").read_text()).keys() == {"vae", "judge"}
+
+
+def test_parts_in_half_precision_make_no_false_alarm(tmp_path):
+    save_trained(make_tiny(1), tmp_path / "t.safetensors")
+    check_parts(make_tiny(1).bfloat16(), tmp_path / "t.safetensors")
+    save_trained(make_tiny(1).bfloat16(), tmp_path / "half.safetensors")
+    check_parts(make_tiny(1), tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="other parts"):
+        check_parts(make_tiny(2), tmp_path / "t.safetensors")
+
+
+def test_the_hub_is_told_the_name_of_the_folder(tmp_path, monkeypatch, processor):
+    asked = []
+    for cls in (dreamllm_edu.model.PreTrainedModel, dreamllm_edu.tokenization.ProcessorMixin):
+        monkeypatch.setattr(cls, "save_pretrained", lambda self, folder, **options: asked.append(options["repo_id"]))
+    for thing in (make_tiny(), processor):
+        thing.save_pretrained(tmp_path / "my-model", push_to_hub=True)
+        thing.save_pretrained(tmp_path / "my-model", push_to_hub=True, repo_id="me/other")
+    assert asked == ["my-model", "me/other"] * 2
 
 
 def test_the_sum_of_weights_sees_one_bit_a_name_and_a_frozen_weight():
