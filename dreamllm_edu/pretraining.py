@@ -211,7 +211,7 @@ def latent_moments(vae, pixels):
     return tuple(torch.cat([getattr(d, name) for d in found]) * vae.config.scaling_factor for name in ("mean", "std"))
 
 # %% ../nbs/12_pretraining.ipynb #bc6d0304
-def pretrain_unet(out, runs, steps=14000, batch=64, seed=0, progress=True, compile=False, init=None):
+def pretrain_unet(out, runs, steps=28000, batch=64, seed=0, progress=True, compile=False, init=None):
     """Text-to-image: a U-Net conditioned on CLIP's text states, 10 % of the captions replaced by the empty one, a fifth of the pictures scenes."""
     data, tokenizer = Captioned(), load_tokenizer(out)
     clip = load_part(CLIPModel, out / "clip", dtype=torch.float32).eval()

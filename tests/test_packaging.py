@@ -4,6 +4,7 @@ import configparser
 import importlib.metadata
 import os
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -252,16 +253,21 @@ def test_the_parts_made_again_took_the_steps_of_the_recipe_and_the_hours_that_th
             "judge": (evaluation.train_judge, "steps"), "unet": (pretraining.pretrain_unet, "steps"), "decoder": (pretraining.pretrain_decoder, "steps", "perceptor_steps")}
     made = json.loads((WEIGHTS / "pretraining_again.json").read_text())
     assert {part: m["steps"] for part, m in made.items()} == {part: sum(inspect.signature(job).parameters[name].default for name in names) for part, (job, *names) in jobs.items()}
-    assert 3.25 < sum(m["seconds"] for m in made.values()) / 3600 < 4.75
+    assert 4.25 < sum(m["seconds"] for m in made.values()) / 3600 < 4.75
 
 
 def test_the_parts_made_again_are_as_good_as_the_readme_says():
     shipped, again = (json.loads((WEIGHTS / name).read_text()) for name in ("parts.json", "parts_again.json"))
-    agree = lambda part, key: shipped[part][key]["low"] <= again[part][key]["high"] and again[part][key]["low"] <= shipped[part][key]["high"]
+
+    def alike(part, key):
+        """Within the error of their difference: half its interval is the root of the summed squares of the two halves."""
+        a, b = shipped[part][key], again[part][key]
+        return abs(a["value"] - b["value"]) <= math.hypot(a["high"] - a["low"], b["high"] - b["low"]) / 2
+
     asked = [("language", "perplexity"), ("clip", "retrieval_at_1"), ("clip", "style_at_1"), ("vae", "psnr"), ("judge", "concept_top1"), ("unet", "concept_top1"), ("unet", "style_top1")]
-    assert [which for which in asked if not agree(*which)] == [("unet", "concept_top1")], "README: all but one agree"
-    assert again["unet"]["concept_top1"]["low"] > 0.7 and again["unet"]["exchanged"]["concept_top1"]["high"] < 0.05
-    assert again["unet"]["concept_top1"]["high"] < shipped["unet"]["concept_top1"]["low"], "README: the thing less often"
+    assert [which for which in asked if not alike(*which)] == [("clip", "retrieval_at_1"), ("clip", "style_at_1")], "README: all but CLIP"
+    assert again["clip"]["retrieval_at_1"]["value"] > shipped["clip"]["retrieval_at_1"]["value"] and again["clip"]["style_at_1"]["value"] < shipped["clip"]["style_at_1"]["value"]
+    assert again["unet"]["concept_top1"]["low"] > 0.85 and again["unet"]["exchanged"]["concept_top1"]["high"] < 0.05
 
 
 def test_the_shipped_model_draws_what_it_was_asked_rather_than_the_opposite(shipped, world):
