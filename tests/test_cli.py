@@ -442,7 +442,7 @@ def test_a_long_list_is_written_in_pieces_and_what_is_ready_is_kept(model, tmp_p
 
 def test_a_reader_who_leaves_early_does_not_cost_the_document(model, tmp_path):
     (tmp_path / "p.md").write_text("dog:\n")
-    start = "import sys, time; from dreamllm_edu.cli import main; sys.stdin.read(); sys.exit(main())"
+    start = "import sys; from dreamllm_edu.cli import main; sys.stdin.read(); sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", start, "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK], cwd=tmp_path, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
     process.stdout.close()  # before the first word comes
