@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs notebooks clean
+.PHONY: demo test docs export notebooks clean readme
 
 $(VENV)/.installed: setup.py settings.ini pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ test: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/nbdev_docs
+
+export: $(VENV)/.installed  # write dreamllm_edu/ from the notebooks
+	$(BIN)/python tools/export.py
+	$(BIN)/nbdev_clean
 
 notebooks: $(VENV)/.installed  # run every notebook and keep its outputs
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/check_notebooks.py --keep

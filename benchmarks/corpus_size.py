@@ -25,9 +25,10 @@ def write(path, n):
 
 def measure(path, documents):
     """In a process of its own: (microseconds a document, resident MB)."""
-    from dreamllm_edu.corpora import Lane, open_corpora
-    from dreamllm_edu.model import mini_processor
-    from dreamllm_edu.tokenization import encode_text
+    from dreamllm_edu.data.lanes import Lane
+    from dreamllm_edu.data.readers import open_corpora
+    from dreamllm_edu.models.dreamllm.weights import mini_processor
+    from dreamllm_edu.parts.tokenizer import encode_text
 
     corpora = open_corpora({"talk": {"format": "llava", "shards": path.name, "weight": 1}}, path.parent)
     lanes, layout = [Lane(corpora, lane, 4) for lane in range(4)], mini_processor().layout

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dreamllm_edu.corpora import emoji
-from dreamllm_edu.model import mini, mini_processor
-from dreamllm_edu.tokenization import collate
-from dreamllm_edu.train import FeatureStore, Settings, Steps, backward, fill_store, fingerprint, micro_batches, stacked, step_stream
-from dreamllm_edu.training import STAGES, set_trainable
+from dreamllm_edu.data.readers import emoji
+from dreamllm_edu.models.dreamllm.weights import mini, mini_processor
+from dreamllm_edu.sequences import collate
+from dreamllm_edu.models.dreamllm.objective import fingerprint
+from dreamllm_edu.training.batches import Steps, stacked, step_stream
+from dreamllm_edu.training.features import FeatureStore, fill_store
+from dreamllm_edu.training.trainer import Settings, backward, micro_batches
+from dreamllm_edu.training.stage import STAGES, set_trainable
 
 
 def plain_step(model, items, layout, stage):

@@ -53,18 +53,18 @@ def run(path, keep):
 
 
 def in_step():
-    """What `nbdev_export` and `nbdev_clean` would change, found on a copy: a list of messages."""
+    """What `tools/export.py` and `nbdev_clean` would change, found on a copy: a list of messages."""
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         names = shutil.ignore_patterns(".git", ".venv", ".runs", "weights", "_docs", "_proc", "_demo", "__pycache__", "data", "*.egg-info", "build", "dist")
         shutil.copytree(ROOT, copy, ignore=names)
-        for command in ("nbdev_export", "nbdev_clean"):
-            subprocess.run([Path(sys.executable).parent / command], cwd=copy, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
-        for path in [*ROOT.glob("nbs/*.ipynb"), *(p for p in ROOT.glob("dreamllm_edu/*.py") if not p.name.startswith("_"))]:
+        for command in ([sys.executable, "tools/export.py"], [Path(sys.executable).parent / "nbdev_clean"]):
+            subprocess.run(command, cwd=copy, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+        for path in [*ROOT.glob("nbs/*.ipynb"), *(p for p in ROOT.glob("dreamllm_edu/**/*.py") if not p.name.startswith("_"))]:
             again = copy / path.relative_to(ROOT)
             if not again.exists() or again.read_bytes() != path.read_bytes():
-                wrong.append(f"{path.relative_to(ROOT)}: out of step; run nbdev_export and nbdev_clean")
+                wrong.append(f"{path.relative_to(ROOT)}: out of step; run make export")
     return wrong
 
 

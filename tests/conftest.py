@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import dreamllm_edu.generation  # noqa: F401  gives DreamLLM its generate method
-from dreamllm_edu.data import World
-from dreamllm_edu.diffusion import scheduler_config, unet_config, vae_config
-from dreamllm_edu.documents import Document
-from dreamllm_edu.language import llama_config
-from dreamllm_edu.model import DreamLLM, DreamLLMConfig
-from dreamllm_edu.tokenization import DreamLLMProcessor, train_tokenizer
-from dreamllm_edu.training import fit
-from dreamllm_edu.vision import clip_config
+from dreamllm_edu.data.world import World
+from dreamllm_edu.parts.diffusion import scheduler_config, unet_config, vae_config
+from dreamllm_edu.documents.document import Document
+from dreamllm_edu.parts.language import llama_config
+from dreamllm_edu.models.dreamllm.config import DreamLLMConfig
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
+from dreamllm_edu.parts.tokenizer import train_tokenizer
+from dreamllm_edu.training.fit import fit
+from dreamllm_edu.parts.vision import clip_config
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -104,5 +105,5 @@ def full_disk(limit=4096):
 def run_command(*arguments, cwd, stdin=None, timeout=200):
     """`dreamllm-edu ARGUMENTS` in a process of its own, in a strange folder and without network."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", "import sys; from dreamllm_edu.cli import main; sys.exit(main())", *map(str, arguments)], cwd=cwd,
+    return subprocess.run([sys.executable, "-c", "import sys; from dreamllm_edu.app.cli import main; sys.exit(main())", *map(str, arguments)], cwd=cwd,
                           input=stdin, capture_output=True, text=True, timeout=timeout, env=environment)

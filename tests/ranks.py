@@ -14,10 +14,14 @@ from safetensors.torch import save_file
 from test_train import QUICK, some_corpora, stage, texts_only
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dreamllm_edu import train as engine
-from dreamllm_edu.documents import Document
-from dreamllm_edu.tokenization import DreamLLMProcessor, train_tokenizer
-from dreamllm_edu.train import Steps, rank_and_world, run, save_weights, step_stream, whole
+from dreamllm_edu.training import trainer as engine
+from dreamllm_edu.documents.document import Document
+from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
+from dreamllm_edu.parts.tokenizer import train_tokenizer
+from dreamllm_edu.training.batches import Steps, step_stream
+from dreamllm_edu.training.ranks import rank_and_world
+from dreamllm_edu.training.strategies import whole
+from dreamllm_edu.training.trainer import run, save_weights
 
 
 def processor():

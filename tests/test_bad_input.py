@@ -19,13 +19,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
-from dreamllm_edu.diffusion import sample_latents, scheduler_config
-from dreamllm_edu.documents import (MAX_PIXELS, Document, Dream, document_from_json, document_from_markdown, load_picture, read_jsonl, write_jsonl)
-from dreamllm_edu.evaluation import Judge, load_judge
-from dreamllm_edu.model import DreamLLM, assemble, load_trained, save_trained
-from dreamllm_edu.tokenization import SPECIAL_TOKENS, SlotLayout, encode_text
-from dreamllm_edu.training import fit, save_state, trainable_state
-from dreamllm_edu.vision import clip_config
+from dreamllm_edu.parts.diffusion import sample_latents, scheduler_config
+from dreamllm_edu.documents.document import Document, Dream
+from dreamllm_edu.documents.formats import document_from_json, document_from_markdown, read_jsonl, write_jsonl
+from dreamllm_edu.documents.pictures import MAX_PIXELS, load_picture
+from dreamllm_edu.evaluation.judge import Judge, load_judge
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.weights import assemble, load_trained, save_trained
+from dreamllm_edu.models.dreamllm.layout import SlotLayout
+from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS, encode_text
+from dreamllm_edu.training.fit import fit, save_state, trainable_state
+from dreamllm_edu.parts.vision import clip_config
 
 
 def saved(image, kind="PNG", **options):
@@ -586,7 +590,7 @@ def test_a_reloaded_model_says_the_same(tmp_path, processor):
 
 
 def test_the_processor_round_trips(tmp_path, processor):
-    from dreamllm_edu.tokenization import DreamLLMProcessor
+    from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
     processor.save_pretrained(tmp_path / "p")
     again = DreamLLMProcessor.from_pretrained(tmp_path / "p")
     assert (again.num_queries, again.num_patches, again.target_size, again.max_length) == (QUERIES, PATCHES, 64, CONTEXT)
@@ -780,9 +784,8 @@ def test_full_disk_leaves_the_old_documents(tmp_path):
 
 def test_any_refused_write_leaves_the_old_files(tmp_path, monkeypatch):
     """The same, with the error put in by hand: it also covers systems whose full disk looks different."""
-    import dreamllm_edu.documents
-    import dreamllm_edu.model
-    import dreamllm_edu.training
+    import dreamllm_edu.files
+    import dreamllm_edu.models.dreamllm.weights
 
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
@@ -791,9 +794,9 @@ def test_any_refused_write_leaves_the_old_files(tmp_path, monkeypatch):
     save_state(tmp_path / "state.pt", {"step": 1})
     save_trained(make_tiny(1), tmp_path / "t.safetensors")
     before = fingerprint(tmp_path)
-    monkeypatch.setattr(dreamllm_edu.training.torch, "save", refuse)
-    monkeypatch.setattr(dreamllm_edu.documents, "save_file", refuse)
-    monkeypatch.setattr(dreamllm_edu.model.PreTrainedModel, "save_pretrained", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(dreamllm_edu.files, "save_file", refuse)
+    monkeypatch.setattr(dreamllm_edu.models.dreamllm.weights.PreTrainedModel, "save_pretrained", refuse)
     for job in (lambda: save_state(tmp_path / "state.pt", {"step": 2}), lambda: save_trained(make_tiny(2), tmp_path / "t.safetensors"), lambda: make_tiny(2).save_pretrained(tmp_path / "a")):
         with pytest.raises(OSError, match="No space left"):
             job()

@@ -16,18 +16,22 @@ from conftest import ROOT, full_disk, make_tiny, picture, run_command
 from PIL import Image
 from safetensors.torch import load_file
 
-import dreamllm_edu.cli
-import dreamllm_edu.demo
-import dreamllm_edu.evaluation
-import dreamllm_edu.generation
+import dreamllm_edu.app.cli
+import dreamllm_edu.app.demo
+import dreamllm_edu.evaluation.suite
+import dreamllm_edu.models.dreamllm
 import dreamllm_edu.pretraining
-import dreamllm_edu.training
+import dreamllm_edu.training.fit
+import dreamllm_edu.training.mixture
+import dreamllm_edu.training.stage
 from dreamllm_edu import data
-from dreamllm_edu.cli import main, parser
-from dreamllm_edu.documents import Document, document_from_markdown, read_jsonl, write_jsonl, write_tensors
-from dreamllm_edu.model import load_trained, mini, save_trained
-from dreamllm_edu.tokenization import SPECIAL_TOKENS, encode_text
-from dreamllm_edu.training import Stage
+from dreamllm_edu.app.cli import main, parser
+from dreamllm_edu.documents.document import Document
+from dreamllm_edu.documents.formats import document_from_markdown, read_jsonl, write_jsonl
+from dreamllm_edu.files import write_tensors
+from dreamllm_edu.models.dreamllm.weights import load_trained, mini, save_trained
+from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS, encode_text
+from dreamllm_edu.training.stage import Stage
 from test_bad_input import parts_folder
 
 COMMANDS = {"demo": ["--out", "--n"], "pretrain": ["tokenizer", "judge", "--steps"], "train": ["--parts", "--steps", "--seed"], "plan": ["--gpus", "--gpu-memory", "--utilisation"], "generate": ["--model", "--guidance-scale", "--max-pictures"],
@@ -88,7 +92,7 @@ def test_every_option_says_what_it_does_and_its_default():
 
 
 def test_help_loads_no_heavy_library():
-    code = "import sys, dreamllm_edu.cli as c; c.parser().format_help(); assert not {'torch', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)"
+    code = "import sys, dreamllm_edu.app.cli as c; c.parser().format_help(); assert not {'torch', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
 
 
@@ -103,7 +107,7 @@ def test_wrong_usage(arguments, capsys):
 def test_defaults_are_the_documented_ones():
     args = parser().parse_args(["generate", "-"])
     assert (args.model, args.seed) == ("mini", 0)
-    own = inspect.signature(dreamllm_edu.generation.generate).parameters
+    own = inspect.signature(dreamllm_edu.models.dreamllm.DreamLLM.generate).parameters
     for name in ("max_new_tokens", "max_pictures", "temperature", "top_p", "guidance_scale", "num_inference_steps"):
         assert getattr(args, name) == own[name].default, f"--{name} differs from model.generate"
 
@@ -210,7 +214,7 @@ def test_a_full_disk_keeps_the_old_page(name, tmp_path, model, capsys):
 def test_ctrl_c_ends_with_130(tmp_path, model, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(dreamllm_edu.model.DreamLLM, "generate", stop)
+    monkeypatch.setattr(dreamllm_edu.models.dreamllm.DreamLLM, "generate", stop)
     (tmp_path / "a.md").write_text("cat:")
     assert main(["generate", str(tmp_path / "a.md"), "--model", str(model), "--out", str(tmp_path / "o.md")]) == 130
     assert "stopped" in capsys.readouterr().err and not (tmp_path / "o.md").exists()
@@ -250,7 +254,7 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     """A real signal to a real process; the judge is the part that needs no other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background job would ignore the signal
-    command = [sys.executable, "-c", start + "from dreamllm_edu.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "60"]
+    command = [sys.executable, "-c", start + "from dreamllm_edu.app.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "60"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=environment)
     seen = b""
     while not re.search(rb"judge:.* [1-9]\d*/60", seen):  # the bar does not show every step
@@ -296,14 +300,14 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     parts_folder(make_tiny(4), tmp_path / "parts")
     processor.tokenizer.save_pretrained(tmp_path / "parts" / "tokenizer")
     names = {"cat", "dog", "rose", "bus", "key"}
-    monkeypatch.setattr(dreamllm_edu.training, "World", lambda: world)
+    monkeypatch.setattr(dreamllm_edu.training.mixture, "World", lambda: world)
     monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
     scenes = data.scene_list(world, "train")[::40]
     monkeypatch.setattr(data, "scene_list", lambda world, split, seed=0: scenes)
-    small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.STAGES["mini"]]
+    small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.stage.STAGES["mini"]]
     steps = [2] + [1] * (len(small) - 1)
     arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", *map(str, steps), "--seed", "4"]
-    monkeypatch.setitem(dreamllm_edu.training.STAGES, "mini", tuple(small))
+    monkeypatch.setitem(dreamllm_edu.training.stage.STAGES, "mini", tuple(small))
     assert main(arguments) == 0
     out = tmp_path / "out"
     assert {s.name for s in small} == {p.parent.name for p in out.glob("*/state.pt")} and len({p.name for p in out.glob("*.safetensors")}) == len(small) + 1
@@ -351,8 +355,8 @@ def test_weights_are_measured_on_the_parts_that_they_were_trained_on(tmp_path, m
     model = mini(trained=False, parts=tmp_path / "parts4")
     save_trained(model, tmp_path / "t.safetensors")
     asked = []
-    monkeypatch.setattr(dreamllm_edu.evaluation, "load_judge", lambda folder: None)
-    monkeypatch.setattr(dreamllm_edu.demo, "full_measure", lambda *a, parts, **k: asked.append(parts) or ({}, {}))
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "load_judge", lambda folder: None)
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "full_measure", lambda *a, parts, **k: asked.append(parts) or ({}, {}))
     command = ["evaluate", "--trained", tmp_path / "t.safetensors", "--out", tmp_path / "m.json", "--parts"]
     refused([*command, tmp_path / "parts5"], capsys, "t.safetensors was trained on other parts", "--parts")
     refused(["train", "--init", tmp_path / "t.safetensors", "--out", tmp_path / "out", "--parts", tmp_path / "parts5"], capsys, "was trained on other parts")
@@ -393,11 +397,11 @@ def test_ctrl_c_while_features_are_computed_says_what_is_kept(processor, world, 
 
 
 def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys, tmp_path):
-    monkeypatch.delitem(sys.modules, "dreamllm_edu.generation")
+    monkeypatch.delitem(sys.modules, "dreamllm_edu.models.dreamllm.generation")
 
     class Stop:
         def find_spec(self, name, path=None, target=None):
-            if name == "dreamllm_edu.generation":
+            if name == "dreamllm_edu.models.dreamllm.generation":
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
@@ -406,7 +410,7 @@ def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys, tmp_path):
 
 
 def test_a_missing_part_is_named(tmp_path):
-    from dreamllm_edu.model import parts_folder
+    from dreamllm_edu.parts.loading import parts_folder
     for part, file in (("tokenizer", "tokenizer.json"), ("language", "config.json"), ("clip", "config.json"), ("vae", "config.json"), ("unet", "config.json")):
         (tmp_path / part).mkdir()
         (tmp_path / part / file).write_text("{}")
@@ -422,18 +426,18 @@ def test_a_long_list_is_written_in_pieces_and_what_is_ready_is_kept(model, tmp_p
     write_jsonl(prompts, tmp_path / "p.jsonl")
     ask = lambda name: main(["generate", str(tmp_path / "p.jsonl"), "--model", str(model), "--temperature", "1.5", "--out", str(tmp_path / name), *QUICK])
     assert ask("whole.jsonl") == 0
-    monkeypatch.setattr(dreamllm_edu.cli, "BATCH", 2)
+    monkeypatch.setattr(dreamllm_edu.app.cli, "BATCH", 2)
     assert ask("pieces.jsonl") == 0
     whole = read_jsonl(tmp_path / "whole.jsonl")
     assert [d.texts for d in read_jsonl(tmp_path / "pieces.jsonl")] == [d.texts for d in whole] and len(whole) == 5
-    real = dreamllm_edu.generation.DreamLLM.generate
+    real = dreamllm_edu.models.dreamllm.DreamLLM.generate
 
     def breaks(self, documents, *args, first=0, **options):
         if first == 4:
             raise ValueError("something broke")
         return real(self, documents, *args, first=first, **options)
 
-    monkeypatch.setattr(dreamllm_edu.generation.DreamLLM, "generate", breaks)
+    monkeypatch.setattr(dreamllm_edu.models.dreamllm.DreamLLM, "generate", breaks)
     capsys.readouterr()
     assert ask("part.jsonl") == 1
     assert "4 of 5 documents" in capsys.readouterr().out
@@ -442,7 +446,7 @@ def test_a_long_list_is_written_in_pieces_and_what_is_ready_is_kept(model, tmp_p
 
 def test_a_reader_who_leaves_early_does_not_cost_the_document(model, tmp_path):
     (tmp_path / "p.md").write_text("dog:\n")
-    start = "import sys; from dreamllm_edu.cli import main; sys.stdin.read(); sys.exit(main())"
+    start = "import sys; from dreamllm_edu.app.cli import main; sys.stdin.read(); sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", start, "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK], cwd=tmp_path, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
     process.stdout.close()  # before the first word comes
@@ -454,7 +458,7 @@ def test_a_reader_who_leaves_early_does_not_cost_the_document(model, tmp_path):
 
 def test_a_terminal_without_the_letters_costs_no_document(model, tmp_path):
     (tmp_path / "p.md").write_text("dog:")
-    command = [sys.executable, "-c", "import sys; from dreamllm_edu.cli import main, say; code = main(); say('\\N{SNOWMAN}'); sys.exit(code)", "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK]
+    command = [sys.executable, "-c", "import sys; from dreamllm_edu.app.cli import main, say; code = main(); say('\\N{SNOWMAN}'); sys.exit(code)", "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stdout.rstrip().endswith(b"?"), done.stderr
 
@@ -463,5 +467,5 @@ def test_a_terminal_without_the_letters_costs_no_document(model, tmp_path):
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=["none", "newline", "of Windows"])
 def test_what_editors_add_to_a_file_is_no_text(start, end, tmp_path):
     (tmp_path / "p.md").write_bytes(f"{start}cat:\nAssistant:{end}".encode())
-    (document,) = dreamllm_edu.cli.read_prompts(tmp_path / "p.md")
+    (document,) = dreamllm_edu.app.cli.read_prompts(tmp_path / "p.md")
     assert document.parts == ["cat:\nAssistant:"]

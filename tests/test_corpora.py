@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import picture
 
-from dreamllm_edu import corpora as c
-from dreamllm_edu.data import World, load, to_document
-from dreamllm_edu.official import interleaved_document
+from dreamllm_edu.data import readers as c
+from dreamllm_edu.data.tasks import load, to_document
+from dreamllm_edu.data.world import World
+from dreamllm_edu.models.dreamllm.official import interleaved_document
 
 
 def png(seed=0):

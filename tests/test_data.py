@@ -16,9 +16,10 @@ from conftest import ROOT
 from PIL import Image
 
 from dreamllm_edu import data
-from dreamllm_edu.data import (HELD_OUT_STYLE, JUDGE_ONLY, KINDS, SCENE_NAMES, STYLES, Scene, caption, definition_split, load, make_splits, read_definitions, scene_list,
-                               to_document)
-from dreamllm_edu.documents import Document
+from dreamllm_edu.data.tasks import KINDS, caption, load, scene_list, to_document
+from dreamllm_edu.data.world import (
+    HELD_OUT_STYLE, JUDGE_ONLY, SCENE_NAMES, STYLES, Scene, definition_split, make_splits, read_definitions)
+from dreamllm_edu.documents.document import Document
 
 DATA = ROOT / "data"
 SPLITS = json.loads((DATA / "splits.json").read_text())

@@ -13,12 +13,16 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
 
-import dreamllm_edu.training
-from dreamllm_edu.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
-from dreamllm_edu.documents import Document, Dream
-from dreamllm_edu.tokenization import encode_text
-from dreamllm_edu.train import corpora_of
-from dreamllm_edu.training import FeatureCache, Mixture, Stage, fit, run_stage, set_trainable, trainable_state, train
+import dreamllm_edu.training.fit
+import dreamllm_edu.training.mixture
+import dreamllm_edu.training.stage
+from dreamllm_edu.parts.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
+from dreamllm_edu.documents.document import Document, Dream
+from dreamllm_edu.parts.tokenizer import encode_text
+from dreamllm_edu.training.recipe import corpora_of
+from dreamllm_edu.training.fit import fit, trainable_state
+from dreamllm_edu.training.mixture import FeatureCache, Mixture, run_stage, train
+from dreamllm_edu.training.stage import Stage, set_trainable
 
 STEPS, GUIDANCE = 3, 2.0
 DREAM_START, QUERY, DREAM_END, IMAGE_START, PATCH, IMAGE_END = range(3, 9)
@@ -361,11 +365,11 @@ def test_a_stage_of_texts_alone_needs_no_pictures(processor, tiny, world):
 
 def test_weight_decay_is_the_stages_own(processor, tiny, world, monkeypatch):
     asked = []
-    monkeypatch.setattr(dreamllm_edu.training, "fit", lambda model, *a, weight_decay, **k: asked.append(weight_decay) or (model, []))
+    monkeypatch.setattr(dreamllm_edu.training.mixture, "fit", lambda model, *a, weight_decay, **k: asked.append(weight_decay) or (model, []))
     for decay in (0.0, 0.3):
         run_stage(tiny, Stage(**{**vars(STAGE), "weight_decay": decay}), None, None)
     assert asked == [0.0, 0.3]
-    assert all(stage.weight_decay == 0 for stage in dreamllm_edu.training.STAGES["paper"])
+    assert all(stage.weight_decay == 0 for stage in dreamllm_edu.training.stage.STAGES["paper"])
 
 
 @pytest.mark.parametrize("trains", [("dream_queries",), ("language_model", "visual_projector"), ()])

@@ -6,12 +6,12 @@ import torch
 from conftest import ROOT
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-import dreamllm_edu.generation
-from dreamllm_edu.demo import model_card, save_for_hub
-from dreamllm_edu.data import World
-from dreamllm_edu.documents import Document
-from dreamllm_edu.model import DreamLLM, mini, mini_processor
-from dreamllm_edu.training import STAGES, set_trainable
+from dreamllm_edu.app.card import model_card, save_for_hub
+from dreamllm_edu.data.world import World
+from dreamllm_edu.documents.document import Document
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.weights import mini, mini_processor
+from dreamllm_edu.training.stage import STAGES, set_trainable
 
 METRICS = json.loads((ROOT / "dreamllm_edu/weights/mini/metrics.json").read_text())
 

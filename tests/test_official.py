@@ -12,15 +12,19 @@ from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
-from dreamllm_edu.model import DreamLLM, DreamLLMConfig
-from dreamllm_edu.tokenization import DreamLLMProcessor, collate
-import dreamllm_edu.generation  # gives DreamLLM its generate
-from dreamllm_edu.diffusion import sample_latents
-from dreamllm_edu.documents import Document, Dream, picture_tensor
-from dreamllm_edu.losses import denoising_loss
-from dreamllm_edu.training import STAGES
-from dreamllm_edu.official import (QUIRKS, ControlledUNet, conversation_row, official_config, interleaved_document, interleaved_row, pair_row, paper_config, parameters_of, picture_pair_row, query_states,
-                                   read_file, replace_blocks, text_to_image)  # importing it gives both classes their from_official
+from dreamllm_edu.models.dreamllm.config import DreamLLMConfig
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
+from dreamllm_edu.sequences import collate
+from dreamllm_edu.parts.diffusion import sample_latents
+from dreamllm_edu.documents.document import Document, Dream
+from dreamllm_edu.documents.pictures import picture_tensor
+from dreamllm_edu.parts.denoising import denoising_loss
+from dreamllm_edu.training.stage import STAGES
+from dreamllm_edu.models.dreamllm.official import (
+    QUIRKS, ControlledUNet, conversation_row, official_config, interleaved_document, interleaved_row,
+    pair_row, paper_config, parameters_of, picture_pair_row, query_states, read_file, replace_blocks,
+    text_to_image)  # importing it gives both classes their from_official
 
 GOLDEN = Path(__file__).parent / "golden"
 SCALARS = json.loads((GOLDEN / "golden.json").read_text())["scalars"]
@@ -176,7 +180,7 @@ def test_tokenizer(text, ids):
 
 def test_the_round_trip_is_bit_exact(tmp_path):
     official().save_official(tmp_path / "again")
-    from dreamllm_edu.official import read_file
+    from dreamllm_edu.models.dreamllm.official import read_file
     for file in ("model.safetensors", "clip_vision_embedding.bin", "dream_embedding.bin", "stable_diffusion_head.bin"):
         ours, theirs = read_file(tmp_path / "again" / file), read_file(GOLDEN / "checkpoint" / file)
         assert ours.keys() == theirs.keys(), file

@@ -19,7 +19,8 @@ from conftest import ROOT
 from safetensors import safe_open
 
 import dreamllm_edu
-from dreamllm_edu.documents import Document, Dream, picture_tensor
+from dreamllm_edu.documents.document import Document, Dream
+from dreamllm_edu.documents.pictures import picture_tensor
 
 PACKAGE = ROOT / "dreamllm_edu"
 ROOMS = ["documents", "data", "tokenization", "language", "vision", "diffusion", "queries", "losses", "model", "generation", "training", "evaluation", "pretraining", "demo", "official",
@@ -110,7 +111,7 @@ def test_the_command_is_installed():
     run = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "generate" in run.stdout
     (entry,) = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "dreamllm-edu"]
-    from dreamllm_edu.cli import main
+    from dreamllm_edu.app.cli import main
     assert entry.load().__qualname__ == main.__qualname__
 
 
@@ -150,7 +151,7 @@ def test_the_wheel_is_whole(wheel):
     assert need <= names, sorted(need - names)[:5]
     assert not [n for n in names if n.endswith((".ipynb", ".pyc", ".bin", ".pt")) or n.startswith(("tests/", "nbs/", ".runs"))]
     wants = {re.match(r"Requires-Dist: ([\w-]+)", line)[1].lower() for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
-    assert wants == DIRECT and "Provides-Extra: dev" in metadata and "dreamllm-edu = dreamllm_edu.cli:main" in entries
+    assert wants == DIRECT and "Provides-Extra: dev" in metadata and "dreamllm-edu = dreamllm_edu.app.cli:main" in entries
 
 
 def test_the_wheel_works_from_anywhere(wheel, tmp_path):
@@ -192,7 +193,8 @@ def test_shipped_weights_take_at_most_48_mb():
 
 @pytest.fixture(scope="module")
 def shipped():
-    from dreamllm_edu.model import DreamLLM, mini_processor
+    from dreamllm_edu.models.dreamllm.model import DreamLLM
+    from dreamllm_edu.models.dreamllm.weights import mini_processor
     return DreamLLM.from_pretrained("mini"), mini_processor()
 
 
@@ -240,7 +242,7 @@ def test_the_shipped_metrics_bear_out_the_readme():
 
 
 def test_the_shipped_weights_were_made_by_the_table_in_the_hours_that_the_readme_says():
-    from dreamllm_edu.training import STAGES
+    from dreamllm_edu.training.stage import STAGES
     learned = json.loads((WEIGHTS / "training.json").read_text())
     assert {name: made["steps"] for name, made in learned.items()} == {stage.name: stage.steps for stage in STAGES["mini"]}
     assert 4.75 < sum(made["seconds"] for made in learned.values()) / 3600 < 5.25
@@ -292,7 +294,7 @@ def test_the_shipped_model_ends_its_answer_with_the_drawing(shipped, world):
 
 
 def judged_noto(world):
-    from dreamllm_edu.evaluation import judge_pictures, load_judge
+    from dreamllm_edu.evaluation.judge import judge_pictures, load_judge
     judge = load_judge(WEIGHTS / "judge")
     picked = range(0, 821, 12)
     concepts, styles = judge_pictures(judge, [world.picture(f"noto/{world.concepts[i]['key']}") for i in picked])

@@ -11,11 +11,14 @@ import torch
 from conftest import make_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamllm_edu.model import DreamLLM, mini
-from dreamllm_edu.official import parameters_of
-from dreamllm_edu.planner import (FROZEN, LiveBytes, SavedBytes, cache_bytes, dry_run, find_stage, gathered_bytes, measure, picture_batch, plan,
-                                  rows_of, scale_config, stages_of, state_bytes, token_batch, weights_of)
-from dreamllm_edu.training import STAGES, set_trainable, trainable_state
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.weights import mini
+from dreamllm_edu.models.dreamllm.official import parameters_of
+from dreamllm_edu.planning import (
+    FROZEN, LiveBytes, SavedBytes, cache_bytes, dry_run, find_stage, gathered_bytes, measure, picture_batch,
+    plan, rows_of, scale_config, stages_of, state_bytes, token_batch, weights_of)
+from dreamllm_edu.training.fit import trainable_state
+from dreamllm_edu.training.stage import STAGES, set_trainable
 
 HERE = Path(__file__).resolve().parent
 STAGE_NUMBERS = (1, 2, 3)
@@ -81,7 +84,7 @@ def odd():
 
 def shard(folder, rank):
     """What each of the two processes runs."""
-    from dreamllm_edu.train import distribute
+    from dreamllm_edu.training.strategies import distribute
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(rank), world_size=2)
     for number in (1, 2):

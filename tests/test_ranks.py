@@ -11,7 +11,8 @@ from ranks import ranks_without_pictures, stage_two, train_all
 from safetensors.torch import load_file
 from test_train import curve
 
-from dreamllm_edu.train import last_checkpoint, read_log
+from dreamllm_edu.training.checkpoint import last_checkpoint
+from dreamllm_edu.training.report import read_log
 
 HERE = Path(__file__).parent
 COLUMNS = ("step", "lr", "lm", "image", "norm", "lm/texts", "image/articles")
@@ -135,7 +136,7 @@ def test_sharded_files_hold_shares(runs):
 
 def test_gathered_weights_are_a_normal_checkpoint(runs):
     from conftest import make_tiny
-    from dreamllm_edu.model import load_trained
+    from dreamllm_edu.models.dreamllm.weights import load_trained
 
     model = load_trained(make_tiny(seed=3), runs / "fsdp2-4.safetensors")
     found = load_file(runs / "fsdp2-4-stage3" / "weights.safetensors")
@@ -144,7 +145,7 @@ def test_gathered_weights_are_a_normal_checkpoint(runs):
 
 @pytest.mark.parametrize("way, there", [("fsdp2", "samples"), ("zero3", "zero3-samples")])
 def test_sampling_with_sharded_weights_changes_nothing(zero3, way, there):
-    from dreamllm_edu.documents import read_jsonl
+    from dreamllm_edu.documents.formats import read_jsonl
 
     assert curve(zero3 / there) == curve(zero3 / f"{way}-2-stage2")
     assert read_jsonl(zero3 / there / "samples-00000004.jsonl")[0].parts[0].startswith("a red apple")

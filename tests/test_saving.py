@@ -13,18 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM
 
-import dreamllm_edu.demo
-import dreamllm_edu.evaluation
-import dreamllm_edu.model
-import dreamllm_edu.tokenization
-import dreamllm_edu.training
+import dreamllm_edu.app.demo
+import dreamllm_edu.evaluation.suite
+import dreamllm_edu.models.dreamllm.weights
+import dreamllm_edu.training.fit
+import dreamllm_edu.training.mixture
+import dreamllm_edu.training.stage
 from dreamllm_edu import data
-from dreamllm_edu.cli import main
-from dreamllm_edu.documents import Document, Dream, document_from_markdown, write_folder
-from dreamllm_edu.model import WEIGHTS, DreamLLM, check_parts, load_part, load_trained, quiet, save_trained, weights_sum
+from dreamllm_edu.app.cli import main
+from dreamllm_edu.documents.document import Document, Dream
+from dreamllm_edu.documents.formats import document_from_markdown
+from dreamllm_edu.files import write_folder
+from dreamllm_edu.files import WEIGHTS
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.weights import check_frozen_parts, load_trained, save_trained
+from dreamllm_edu.parts.loading import load_part, quiet, weights_checksum
 from dreamllm_edu.pretraining import keep_record, plain_vae
-from dreamllm_edu.tokenization import DreamLLMProcessor, read_tokenizer
-from dreamllm_edu.training import fit
+from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
+from dreamllm_edu.parts.tokenizer import read_tokenizer
+from dreamllm_edu.training.fit import fit
 
 
 # ---------------------------------------------------------------- a stopped run
@@ -53,7 +60,7 @@ def run(folder=None, seed=0, weights=0, steps=8, rate=1e-2, read=5):
 @pytest.mark.parametrize("where", ["loss_of_step", "update", "average_into"])
 def test_ctrl_c_anywhere_in_a_step_resumes_to_the_last_bit(where, tmp_path, monkeypatch):
     whole, history = run()
-    calls, module = [], globals() if where == "loss_of_step" else vars(dreamllm_edu.training)
+    calls, module = [], globals() if where == "loss_of_step" else vars(dreamllm_edu.training.fit)
     real = module[where]
 
     def interrupted(*args, **kwargs):
@@ -80,7 +87,7 @@ def test_ctrl_c_anywhere_in_a_step_resumes_to_the_last_bit(where, tmp_path, monk
 def test_who_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with dreamllm_edu.training.whole_step():
+        with dreamllm_edu.training.fit.whole_step():
             signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
@@ -106,16 +113,16 @@ def test_a_state_is_not_taken_for_another_run(tmp_path):
 def test_a_second_training_of_the_decoder_begins_where_the_first_began(tmp_path):
     vae, out, folder = make_tiny().vae.half(), tmp_path / "parts", tmp_path / "work"
     vae.save_pretrained(out / "vae")
-    begun = weights_sum(plain_vae(out, folder))
+    begun = weights_checksum(plain_vae(out, folder))
     with torch.no_grad():
         vae.decoder.conv_out.bias += 1
     vae.save_pretrained(out / "vae")  # as the first training leaves it
-    assert weights_sum(plain_vae(out, folder)) == begun
+    assert weights_checksum(plain_vae(out, folder)) == begun
     with torch.no_grad():
         vae.encoder.conv_out.bias += 1
     vae.save_pretrained(out / "vae")  # a new VAE altogether
-    assert weights_sum(plain_vae(out, folder)) == weights_sum(vae.float()) != begun
-    assert weights_sum(plain_vae(out, folder)) == weights_sum(vae), "and that one is kept now"
+    assert weights_checksum(plain_vae(out, folder)) == weights_checksum(vae.float()) != begun
+    assert weights_checksum(plain_vae(out, folder)) == weights_checksum(vae), "and that one is kept now"
 
 
 def test_the_record_forgets_the_decoder_of_a_former_vae(tmp_path):
@@ -126,16 +133,16 @@ def test_the_record_forgets_the_decoder_of_a_former_vae(tmp_path):
 
 def test_parts_in_half_precision_make_no_false_alarm(tmp_path):
     save_trained(make_tiny(1), tmp_path / "t.safetensors")
-    check_parts(make_tiny(1).bfloat16(), tmp_path / "t.safetensors")
+    check_frozen_parts(make_tiny(1).bfloat16(), tmp_path / "t.safetensors")
     save_trained(make_tiny(1).bfloat16(), tmp_path / "half.safetensors")
-    check_parts(make_tiny(1), tmp_path / "half.safetensors")
+    check_frozen_parts(make_tiny(1), tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="other parts"):
-        check_parts(make_tiny(2), tmp_path / "t.safetensors")
+        check_frozen_parts(make_tiny(2), tmp_path / "t.safetensors")
 
 
 def test_the_hub_is_told_the_name_of_the_folder(tmp_path, monkeypatch, processor):
     asked = []
-    for cls in (dreamllm_edu.model.PreTrainedModel, dreamllm_edu.tokenization.ProcessorMixin):
+    for cls in (dreamllm_edu.models.dreamllm.weights.PreTrainedModel, dreamllm_edu.models.dreamllm.processor.ProcessorMixin):
         monkeypatch.setattr(cls, "save_pretrained", lambda self, folder, **options: asked.append(options["repo_id"]))
     for thing in (make_tiny(), processor):
         thing.save_pretrained(tmp_path / "my-model", push_to_hub=True)
@@ -145,18 +152,18 @@ def test_the_hub_is_told_the_name_of_the_folder(tmp_path, monkeypatch, processor
 
 def test_the_sum_of_weights_sees_one_bit_a_name_and_a_frozen_weight():
     net = Net()
-    sums = {weights_sum(net), weights_sum(torch.nn.ModuleDict({"other": net}))}
+    sums = {weights_checksum(net), weights_checksum(torch.nn.ModuleDict({"other": net}))}
     net.a.requires_grad_(False)
-    assert weights_sum(net) in sums
+    assert weights_checksum(net) in sums
     with torch.no_grad():
         net.a.bias[0] = torch.nextafter(net.a.bias[0], torch.tensor(9.0))
-    sums.add(weights_sum(net))
+    sums.add(weights_checksum(net))
     net.norm.num_batches_tracked += 1
-    assert len(sums | {weights_sum(net)}) == 4
+    assert len(sums | {weights_checksum(net)}) == 4
 
 
 def test_a_batch_of_two_holds_one_article(processor, world):
-    mixture = dreamllm_edu.training.Mixture(processor, world, ["definitions"])
+    mixture = dreamllm_edu.training.mixture.Mixture(processor, world, ["definitions"])
     assert mixture.batch({"definitions": 1.0}, 2, None, torch.Generator())["input_ids"].shape[0] == 1
 
 
@@ -239,7 +246,7 @@ def test_a_part_without_all_its_tensors_is_not_used(tmp_path, capsys):
 
 def test_a_full_disk_leaves_metrics_records_and_processors_whole(tmp_path, monkeypatch, processor):
     found = ({"creation": list(range(5000))}, {"x": 1})
-    monkeypatch.setattr(dreamllm_edu.demo, "full_measure", lambda *a, **k: found)
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "full_measure", lambda *a, **k: found)
     old = json.dumps({"old": list(range(2000))})
     (tmp_path / "metrics.json").write_text(old)
     keep_record(tmp_path / "record.json", "vae", [{"step": 0, "seconds": 1.0}])
@@ -271,7 +278,7 @@ def test_a_damaged_record_or_tokenizer_is_named(tmp_path, processor):
 
 
 def test_evaluate_and_generate_refuse_a_folder_as_file_before_the_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dreamllm_edu.demo, "full_measure", lambda *a, **k: pytest.fail("it measured first"))
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "full_measure", lambda *a, **k: pytest.fail("it measured first"))
     (tmp_path / "results.html").mkdir()
     (tmp_path / "p.md").write_text("a cat")
     for command in (["evaluate"], ["generate", str(tmp_path / "p.md")]):
@@ -281,18 +288,18 @@ def test_evaluate_and_generate_refuse_a_folder_as_file_before_the_work(tmp_path,
 
 def test_more_scenes_than_there_are_is_no_error(monkeypatch, world):
     judge = lambda x: (torch.zeros(len(x), 821), torch.zeros(len(x), 5))
-    monkeypatch.setattr(dreamllm_edu.evaluation, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
-    monkeypatch.setattr(dreamllm_edu.evaluation, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
-    found = dreamllm_edu.evaluation.measure_tasks(None, None, judge, world, 301)
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
+    found = dreamllm_edu.evaluation.suite.measure_tasks(None, None, judge, world, 301)
     assert 0 < found["scenes"]["relation"]["n"] <= 301
     halves = [found["editing"][key]["style_top1"]["n"] for key in ("seen", "held_out_renderings")]
     assert halves == [150, min(151, len(data.edits(world, "held_out_renderings")))] and sum(halves) == found["editing"]["style_top1"]["n"] == found["editing"]["baseline_source"]["concept_top1"]["n"]
 
 
 def test_one_drawing_is_enough_to_measure_tasks_and_the_empty_half_says_so(monkeypatch, world):
-    monkeypatch.setattr(dreamllm_edu.evaluation, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
-    monkeypatch.setattr(dreamllm_edu.evaluation, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
-    found = dreamllm_edu.evaluation.measure_tasks(None, None, dreamllm_edu.evaluation.load_judge(WEIGHTS / "mini" / "judge"), world, 1)
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
+    found = dreamllm_edu.evaluation.suite.measure_tasks(None, None, dreamllm_edu.evaluation.suite.load_judge(WEIGHTS / "mini" / "judge"), world, 1)
     assert found["editing"]["seen"]["style_top1"] == {"value": None, "low": None, "high": None, "n": 0}
     assert found["editing"]["held_out_renderings"]["style_top1"]["n"] == found["editing"]["style_top1"]["n"] == 1
 
@@ -303,11 +310,11 @@ def test_who_hands_the_picture_back_keeps_the_thing_and_misses_the_style(monkeyp
     def verdict(judge, pictures):
         found = [known[p.tobytes()] for p in pictures]
         return tuple(F.one_hot(torch.tensor([f[k] for f in found]), n).float() for k, n in ((0, len(world.concepts)), (1, 5)))
-    monkeypatch.setattr(dreamllm_edu.evaluation, "judge_pictures", verdict)
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "judge_pictures", verdict)
     wanted = lambda model, processor, asked, **o: [world.picture(f"{r['style']}/{world.by_name[r['concept']]['key']}") for half in halves.values() for r in half]
-    monkeypatch.setattr(dreamllm_edu.evaluation, "edit", wanted)
+    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", wanted)
     halves = {"seen": data.edits(world, "train")[:20], "held_out_renderings": data.edits(world, "held_out_renderings")[:20]}
-    found = dreamllm_edu.evaluation.score_edits(None, None, None, world, halves)
+    found = dreamllm_edu.evaluation.suite.score_edits(None, None, None, world, halves)
     for scores in (found, found["seen"], found["held_out_renderings"]):
         assert scores["concept_top1"]["value"] == scores["style_top1"]["value"] == 1
     assert found["baseline_source"]["concept_top1"]["value"] > 0.9 and found["baseline_source"]["style_top1"]["value"] == 0

@@ -13,11 +13,20 @@ import torch
 from conftest import make_tiny
 from safetensors import safe_open
 
-from dreamllm_edu import train as engine
-from dreamllm_edu.corpora import Corpus, Record, emoji
-from dreamllm_edu.train import (FeatureStore, Settings, Share, Steps, fingerprint, first_fit, last_checkpoint, load_checkpoint, main, pack_items, packed_losses, read_log,
-                                read_recipe, run, save_checkpoint, share_of, step_stream, zero3)
-from dreamllm_edu.training import ALIGN, STAGES, Stage
+from dreamllm_edu.training import trainer as engine
+from dreamllm_edu.data.readers import emoji
+from dreamllm_edu.data.records import Corpus, Record
+from dreamllm_edu.app.train import main
+from dreamllm_edu.models.dreamllm.objective import fingerprint, packed_losses
+from dreamllm_edu.sequences import first_fit
+from dreamllm_edu.training.batches import Steps, pack_items, step_stream
+from dreamllm_edu.training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from dreamllm_edu.training.features import FeatureStore
+from dreamllm_edu.training.recipe import read_recipe
+from dreamllm_edu.training.report import read_log
+from dreamllm_edu.training.strategies import Share, share_of, zero3
+from dreamllm_edu.training.trainer import Settings, run
+from dreamllm_edu.training.stage import ALIGN, STAGES, Stage
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"pairs/draw": 0.4, "pairs/caption": 0.3, "articles": 0.3}
@@ -90,8 +99,9 @@ def test_a_batch_without_documents_or_pictures_trains_nothing_and_breaks_nothing
 @pytest.mark.parametrize("sdxl", [False, True])
 def test_without_pictures_every_trained_tensor_has_a_gradient_of_zero(processor, sdxl):
     """A rank whose gradient is missing, not zero, would let the others wait for it forever."""
-    from dreamllm_edu.model import DreamLLM, DreamLLMConfig
-    from dreamllm_edu.training import set_trainable
+    from dreamllm_edu.models.dreamllm.config import DreamLLMConfig
+    from dreamllm_edu.models.dreamllm.model import DreamLLM
+    from dreamllm_edu.training.stage import set_trainable
 
     config = make_tiny().config.to_dict()
     if sdxl:
@@ -382,9 +392,9 @@ def public_parts(folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from dreamllm_edu.diffusion import scheduler_config, unet_config, vae_config
-    from dreamllm_edu.language import llama_config
-    from dreamllm_edu.vision import clip_config
+    from dreamllm_edu.parts.diffusion import scheduler_config, unet_config, vae_config
+    from dreamllm_edu.parts.language import llama_config
+    from dreamllm_edu.parts.vision import clip_config
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -404,7 +414,7 @@ def public_parts(folder):
 def test_public_parts_and_a_published_corpus_train_by_the_command(tmp_path, capsys):
     import yaml
 
-    from dreamllm_edu.data import World
+    from dreamllm_edu.data.world import World
 
     vocabulary, parts = public_parts(tmp_path / "parts")
     (tmp_path / "data" / "images").mkdir(parents=True)
@@ -436,7 +446,8 @@ def test_public_parts_and_a_published_corpus_train_by_the_command(tmp_path, caps
 
 
 def test_samples_and_report_show_what_was_learned(processor, tmp_path):
-    from dreamllm_edu.documents import Document, read_jsonl
+    from dreamllm_edu.documents.document import Document
+    from dreamllm_edu.documents.formats import read_jsonl
 
     prompts = [Document(["a red apple"]), Document(["a blue boat"])]
     run(make_tiny(), processor, stage(2), some_corpora(), tmp_path, replace(QUICK, sample_every=2), progress=False, samples=prompts)
@@ -450,7 +461,7 @@ def test_samples_and_report_show_what_was_learned(processor, tmp_path):
 
 
 def test_sampling_changes_no_number(processor, tmp_path):
-    from dreamllm_edu.documents import Document
+    from dreamllm_edu.documents.document import Document
 
     for every in (0, 1):
         run(make_tiny(), processor, stage(2), some_corpora(), tmp_path / str(every), replace(QUICK, sample_every=every), progress=False, samples=[Document(["a"])])

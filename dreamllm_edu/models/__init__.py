@@ -1,0 +1,1 @@
+"""Families of models; `base` says what the rest of the package knows of one."""

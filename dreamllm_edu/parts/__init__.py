@@ -1,0 +1,1 @@
+"""The pretrained parts: tokenizer, language model, vision, diffusion, and their losses."""

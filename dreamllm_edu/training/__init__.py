@@ -1,0 +1,1 @@
+"""Training: stages, recipes, and one trainer for every scale."""
