@@ -35,13 +35,13 @@ def collate(sequences, pad_token_id, side="right"):
 import torch
 
 # %% ../nbs/19_full_scale.ipynb #19f0085e
-def first_fit(lengths, room):
-    """Which documents share a row of `room` tokens: lists of indices. Each goes, in order, into the first row that still has room; one that is longer than
-    a row is a `ValueError`."""
+def first_fit(lengths: list[int], max_length: int) -> list[list[int]]:
+    """Which documents share a row of `max_length` tokens: lists of indices. Each goes, in order, into
+    the first row that has space for it; one that is longer than a row is a `ValueError`."""
     rows, left = [], []
     for i, n in enumerate(lengths):
-        if n > room:
-            raise ValueError(f"a document of {n} tokens does not fit a row of {room}; encode with max_length={room}")
+        if n > max_length:
+            raise ValueError(f"a document of {n} tokens does not fit a row of {max_length}; encode with max_length={max_length}")
         for r, free in enumerate(left):
             if n <= free:
                 rows[r].append(i)
@@ -49,18 +49,19 @@ def first_fit(lengths, room):
                 break
         else:
             rows.append([i])
-            left.append(room - n)
+            left.append(max_length - n)
     return rows
 
-# %% ../nbs/19_full_scale.ipynb #5620deab
-def packed_rows(rows, bins, pad):
-    """`input_ids`, `labels`, `position_ids` int64 [R, T]: the documents `rows` laid out as `bins` says; padding is a document of its own that nobody
-    learns from."""
+# %% ../nbs/19_full_scale.ipynb #49785720
+def packed_rows(rows: list[Sequence], bins: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `labels`, `position_ids` int64 [R, T]: the documents `rows` laid out as `bins`
+    says; padding is a document of its own that nobody learns from, and a document's first token is
+    no label, because nothing stands before it."""
     width = max(sum(len(rows[i].input_ids) for i in b) for b in bins)
     out = {"input_ids": [], "labels": [], "position_ids": []}
     for b in bins:
         empty = width - sum(len(rows[i].input_ids) for i in b)
-        out["input_ids"].append([t for i in b for t in rows[i].input_ids] + [pad] * empty)
-        out["labels"].append([t for i in b for t in rows[i].labels] + [-100] * empty)
+        out["input_ids"].append([t for i in b for t in rows[i].input_ids] + [pad_token_id] * empty)
+        out["labels"].append([t for i in b for t in (-100, *rows[i].labels[1:])] + [-100] * empty)
         out["position_ids"].append([p for i in b for p in range(len(rows[i].input_ids))] + list(range(empty)))
     return {name: torch.tensor(values) for name, values in out.items()}

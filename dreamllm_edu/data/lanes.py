@@ -74,7 +74,11 @@ class Lane:
         return self
 
     def __next__(self):
-        corpus = self._choose()
+        return self.draw()
+
+    def draw(self, corpus=None):
+        """The next record of `corpus`, or of the one that is drawn by weight."""
+        corpus = corpus or self._choose()
         if corpus.name not in self._streams:
             self._streams[corpus.name] = self._stream(corpus, self.places[corpus.name])
         record = next(self._streams[corpus.name])

@@ -123,11 +123,12 @@ class Record:
 class Corpus:
     """Shards of records. `read(shard)` iterates over its `Record`s, with a `ValueError` (a `Broken`) in the place of each that cannot be used.
 
-    `weight`: its share of a mixture, relative to the others. Raises `ValueError` without shards and for a weight that is no number from 0 up."""
+    `weight`: its share of a mixture, relative to the others. `documents`: how many of a step there are of it, when a step has one corpus. Raises `ValueError` without shards and for a weight that is no number from 0 up."""
     name: str
     shards: tuple
     read: object = field(repr=False)
     weight: float = 1.0
+    documents: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "shards", tuple(str(shard) for shard in self.shards))
