@@ -32,7 +32,8 @@ from .models.dreamllm.config import DreamLLMConfig
 from .models.dreamllm.model import DreamLLM
 from .models.dreamllm.official import paper_config
 from .parts.loading import plain_config, quiet
-from .training.stage import STAGES, Stage, set_trainable
+from .training.recipe import recipe_of
+from .training.stage import Stage, set_trainable
 
 # %% ../nbs/18_planner.ipynb #ec2e4059
 def _mini_config():
@@ -108,8 +109,8 @@ PARALLEL = ("single", "ddp", "fsdp2")
 
 
 def stages_of(scale):
-    """The three stages of a scale; a scale that has none of its own takes the paper's."""
-    return STAGES.get(scale, STAGES["paper"])
+    """The stages of a scale, from its recipe."""
+    return recipe_of(scale).stages
 
 
 def state_bytes(config, stage, world=1, parallel="fsdp2", param_dtype=torch.float32, frozen_dtype=torch.bfloat16, frozen=FROZEN, rank=0):
@@ -330,7 +331,7 @@ def measure(config, stage, micro_batch=1, length=None, pictures=1, checkpointing
 
 def _plain(stage):
     """A stage as far as it decides what a step computes, so that stages II and III are measured once."""
-    return Stage("", tuple(stage.trains), None, 0.0, 0, 0, stage.lm_loss_weight, stage.image_loss_weight)
+    return Stage("", tuple(stage.trains), {}, 0.0, 0, 0, stage.lm_loss_weight, stage.image_loss_weight)
 
 # %% ../nbs/18_planner.ipynb #b5995e2d
 PEAK_TFLOPS = {"a100": 312, "a800": 312, "h100": 989, "rtx4090": 165}  # dense bfloat16, makers' data sheets (H100: SXM)
@@ -463,8 +464,7 @@ def plan(scale="paper", stage=None, gpus=8, gpu_memory=80, micro_batch=None, pre
              for s in stages]
     title = (f"{scale} on {gpus} x {gpu_memory:g} GB ({parallel}, {precision}, {'with' if checkpointing else 'no'} checkpointing): documents of "
              f"{tokens:,} tokens with {pictures} picture{'s' * (pictures > 1)}")
-    assumed = (f"{utilisation:.0%} of {peak:g} TFLOP/s a GPU in use (not measured); {reserve:.0%} of the memory kept free for what is not counted"
-               + ("" if scale in STAGES else "; steps and batches of the paper"))
+    assumed = (f"{utilisation:.0%} of {peak:g} TFLOP/s a GPU in use (not measured); {reserve:.0%} of the memory kept free for what is not counted")
     return Plan(title, assumed, tuple(found), cache_bytes(config))
 
 # %% ../nbs/18_planner.ipynb #fa01ebe5

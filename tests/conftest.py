@@ -81,7 +81,7 @@ def trained(processor):
     def loss(m, step, generator):  # other pictures at every step, so that its own drawings do not confuse it
         return {"loss": m(**words, image_features=pool[torch.randint(len(pool), (3,), generator=generator)]).loss}
 
-    model, history = fit(model, loss, 150, 1e-2, warmup=10, mixed_precision="no", progress=False)
+    model, history = fit(model, loss, 150, 1e-2, warmup=10, progress=False)
     assert history[-1]["loss"] < 0.1, "two documents are soon learned by heart"
     return model
 

@@ -11,17 +11,16 @@ import torch
 import torch.distributed as dist
 from conftest import SENTENCES, PATCHES, QUERIES, CONTEXT, make_tiny
 from safetensors.torch import save_file
-from test_train import QUICK, some_corpora, stage, texts_only
+from test_train import QUICK, some_corpora, stage, steps_of, texts_only
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dreamllm_edu.training import trainer as engine
 from dreamllm_edu.documents.document import Document
+from dreamllm_edu.models.dreamllm.family import DreamLLMFamily
+from dreamllm_edu.models.dreamllm.objective import DreamLLMObjective
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
 from dreamllm_edu.parts.tokenizer import train_tokenizer
-from dreamllm_edu.training.batches import Steps, step_stream
 from dreamllm_edu.training.ranks import rank_and_world
-from dreamllm_edu.training.strategies import whole
-from dreamllm_edu.training.trainer import run, save_weights
+from dreamllm_edu.training.trainer import Trainer, save_trained_tensors
 
 
 def processor():
@@ -34,49 +33,55 @@ def corpora():
     return some_corpora() + [texts_only()]
 
 
-def settings(parallel):
-    return replace(QUICK, parallel=parallel, lanes=4, save_every=3)
+def settings(strategy):
+    return replace(QUICK, strategy=strategy, lanes=4, save_every=3)
 
 
-def keep_weights(model, path):
+def keep_weights(trainer, path):
     """All that trains, whole and in full precision, for the comparison."""
-    found = {n: whole(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: trainer.strategy.gather(p).detach().clone() for n, p in trainer.trained.items()}
     if rank_and_world()[0] == 0:
         save_file(found, path)
 
 
-def train_all(folder, parallel):
+def train_one(number, folder, strategy, trackers=(), samples=(), **options):
+    """Five steps of a stage, or what is left of them after the checkpoint in `folder`."""
+    family = DreamLLMFamily(make_tiny(), processor())
+    trainer = Trainer.of_stage(family, stage(number, batch=4), corpora(), folder, replace(settings(strategy), **options), progress=False,
+                               trackers=trackers, samples=samples)
+    trainer.train()
+    keep_weights(trainer, folder / "weights.safetensors")
+    return family, trainer
+
+
+def train_all(folder, strategy):
     """Five steps of every stage; stage II with a checkpoint after three."""
+    name = f"{strategy}-{rank_and_world()[1]}"
     for number in (1, 2, 3):
-        model, there = make_tiny(), folder / f"{parallel}-{rank_and_world()[1]}-stage{number}"
-        run(model, processor(), stage(number, batch=4), corpora(), there, settings(parallel), progress=False)
-        keep_weights(model, there / "weights.safetensors")
-    save_weights(model, folder / f"{parallel}-{rank_and_world()[1]}.safetensors")
+        family, trainer = train_one(number, folder / f"{name}-stage{number}", strategy)
+    save_trained_tensors(trainer, family.trained_tensors(), folder / f"{name}.safetensors")
 
 
-def stage_two(folder, parallel, trackers=(), samples=None, **options):
-    """Five steps of stage II, or what is left of them after the checkpoint in `folder`."""
-    model = make_tiny()
-    run(model, processor(), stage(2, batch=4), corpora(), folder, replace(settings(parallel), **options), progress=False, trackers=trackers, samples=samples)
-    keep_weights(model, folder / "weights.safetensors")
-    cut = {name.split(".")[0] for name, p in model.named_parameters() if hasattr(p, "ds_numel")}
-    assert parallel != "zero3" or cut and not cut & set(model.frozen_parts), f"DeepSpeed cut up {sorted(cut)}"
+def stage_two(folder, strategy, **options):
+    family, trainer = train_one(2, folder, strategy, **options)
+    cut = {name.split(".")[0] for name, p in family.model.named_parameters() if hasattr(p, "ds_numel")}
+    assert strategy != "zero3" or cut and not cut & set(family.frozen_parts), f"DeepSpeed cut up {sorted(cut)}"
 
 
 @contextmanager
 def second_step_spoilt():
     """On one rank the losses of the second step are not numbers."""
-    real, calls = engine.packed_losses, []
+    real, calls = DreamLLMObjective.losses, []
 
     def sometimes(*args):
         calls.append(0)
-        tokens, pictures, zero = real(*args)
-        return (tokens * float("nan") if len(calls) == 2 and rank_and_world()[0] == 1 else tokens), pictures, zero
-    engine.packed_losses = sometimes
+        losses, zero = real(*args)
+        return ({**losses, "lm": losses["lm"] * float("nan")} if len(calls) == 2 and rank_and_world()[0] == 1 else losses), zero
+    DreamLLMObjective.losses = sometimes
     try:
         yield
     finally:
-        engine.packed_losses = real
+        DreamLLMObjective.losses = real
 
 
 def ranks_without_pictures(world):
@@ -86,7 +91,7 @@ def ranks_without_pictures(world):
 
 
 def next_steps(rank, world):
-    stream = step_stream(Steps(corpora(), processor(), make_tiny().config, 4, rank, world, read_last=False))
+    stream = steps_of(corpora(), processor(), make_tiny(), rank, world)
     return [next(stream)[0] for _ in range(5)]
 
 
@@ -114,7 +119,7 @@ if __name__ == "__main__":
                 def log(self, values, step):
                     if step == 4 and rank_and_world()[0] == 1:
                         os._exit(9)
-            stage_two(folder / "dead", way, [Death()])
+            stage_two(folder / "dead", way, trackers=[Death()])
         else:
             train_all(folder, job)
     dist.barrier()

@@ -170,7 +170,7 @@ def test_the_launcher_chooses_how_to_share(tmp_path, asked):
     """What `accelerate launch` does with a configuration file: it starts processes and says in their environment what was asked for."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent), f"ACCELERATE_USE_{asked}": "true"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dreamllm_edu.train", "--scale", "mini", "--stage", "1",
-            "--steps", "2", "--batch", "4", "--lanes", "4", "--precision", "no", "--out", str(tmp_path)]
+            "--steps", "2", "--batch", "4", "--lanes", "4", "--precision", "no", "--no-store", "--out", str(tmp_path)]
     ended = subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment, cwd=HERE.parent)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert [row["step"] for row in read_log(tmp_path / "1-alignment" / "log.jsonl")] == [0, 1]

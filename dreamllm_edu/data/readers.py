@@ -308,16 +308,17 @@ def read_emoji(shard, corpus, rows, folder):
         yield Record(parts, row["given"], name, corpus)
 
 
-def emoji(name, kinds, world=None, split="train", weight=1.0):
-    """The emoji world as a corpus. `kinds`: `pairs`, `articles`, `dialogues`, `edits`, `subjects`, `scenes`, or `kind/task` as in `training.Mixture`;
-    each is a shard. The recipes (not its pictures) lie in memory. `ValueError` for an unknown kind or split, and a task without documents."""
+def emoji(name, kinds, world=None, split="train", weight=1.0, shuffle=False):
+    """The emoji world as a corpus. `kinds`: `pairs`, `articles`, `dialogues`, `edits`, `subjects`, `scenes`, or `kind/task`;
+    each is a shard. `shuffle`: lanes read a shard in its order, in which neighbours are drawings of the same thing. The recipes (not its pictures) lie in memory. `ValueError` for an unknown kind or split, and a task without documents."""
     world, rows = world or World(), {}
     for shard in [kinds] if isinstance(kinds, str) else kinds:
         kind, _, task = shard.partition("/")
         rows[shard] = [row for row in load(kind, split, world) if task in ("", row["task"])]
         if not rows[shard]:
             raise ValueError(f"{shard}: no document of that task; the kinds are {', '.join(KINDS)}")
-        random.Random(0).shuffle(rows[shard])  # lanes read in order, and neighbours are drawings of the same thing
+        if shuffle:
+            random.Random(0).shuffle(rows[shard])
     return Corpus(name, tuple(rows), partial(read_emoji, corpus=name, rows=rows, folder=str(world.folder)), weight)
 
 

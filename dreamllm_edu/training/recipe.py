@@ -70,7 +70,7 @@ def corpora_of(stage: Stage, data: Path | str | None = None, network: bool = Fal
         entry = {"format": kind, **entry} if isinstance(entry, dict) else {"format": kind, "weight": entry}
         weight, documents = entry.get("weight", 1.0), entry.pop("documents", None)
         if entry["format"] == "emoji":
-            corpus = emoji(name, entry.get("kinds", [name]), world, weight=weight)
+            corpus = emoji(name, entry.get("kinds", [name]), world, weight=weight, shuffle=True)
         elif entry["format"] == "definitions":
             corpus = Corpus(name, ("definitions",), partial(definition_records, name=name), weight)
         else:

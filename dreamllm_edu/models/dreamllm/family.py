@@ -55,12 +55,12 @@ class DreamLLMFamily:
 
     def prepare(self, checkpointing: bool = False, precision: str = "no") -> None:
         """On a GPU frozen parts compute in bfloat16 where the rest does; on a CPU the U-Net's
-        convolutions are faster with channels last."""
+        bfloat16 convolutions are faster with channels last."""
         model = self.model
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.unet.enable_gradient_checkpointing()
-        if model.device.type == "cpu":
+        if precision == "bf16" and model.device.type == "cpu":
             model.unet.to(memory_format=torch.channels_last)
         elif precision == "bf16":
             for part in self.frozen_parts:

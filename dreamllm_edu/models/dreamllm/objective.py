@@ -114,7 +114,7 @@ class DreamLLMObjective:
             mean, std = features["targets"].unbind(1)
             random = dict(batch.random)
             latents = mean + std * random.pop("vae_noise").float()
-            given = {"latents": latents.contiguous(memory_format=torch.channels_last), **random}
+            given = {"latents": latents, **random}
         out = runner(input_ids=batch.input_ids, labels=batch.labels, position_ids=batch.position_ids,
                      image_features=images, labelled_only=True, null_included=True, **given)
         zero = 0.0 * (out.conditions.sum() + out.last_hidden_state.sum() + out.token_losses.sum())
