@@ -185,7 +185,7 @@ def state(self: Lane) -> dict:
             "skipped": self.skipped,
             "corpora": {name: dict(place) for name, place in self.places.items()}}
 
-
+# %% ../../nbs/17_corpora.ipynb #5d56a68c
 @patch
 def _restore(self: Lane, state: dict) -> None:
     """Resume from a state; `ValueError` if it is not a state of this lane over these shards."""

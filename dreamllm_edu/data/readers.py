@@ -142,7 +142,7 @@ def read_laion(shard: str, corpus: str, **options: object) -> Iterator[Record | 
         rows = ((f"{os.path.basename(shard)} {key}", group) for key, group in tar_groups(file))
         yield from records(shard, corpus, rows, partial(pair_record, corpus=corpus, **options))
 
-
+# %% ../../nbs/17_corpora.ipynb #fd96dcdf
 def laion(name: str, tars: Files, task: str = "both", min_side: int = 0,
           min_similarity: float | None = None, weight: float = 1.0, network: bool = False) -> Corpus:
     """LAION and other pairs in WebDataset tars, as `img2dataset` writes them: `KEY.jpg` (or png,
@@ -224,7 +224,7 @@ def mmc4(name: str, jsonl_files: Files, images: Path | str, threshold: float | N
     make = partial(mmc4_record, threshold=threshold, place=place)
     return json_corpus(name, jsonl_files, images, make, weight, network, missing)
 
-
+# %% ../../nbs/17_corpora.ipynb #1d760caf
 def instruct_mmc4(name: str, json_files: Files, images: Path | str, threshold: float | None = None,
                   place: str = "after", missing: str = "record", weight: float = 1.0,
                   network: bool = False) -> Corpus:
@@ -353,7 +353,7 @@ class EmojiPicture(Picture):
         """Its reference: it identifies the picture, so a scene need not be drawn for its key."""
         return f"emoji/{self.source}"
 
-
+# %% ../../nbs/17_corpora.ipynb #63364281
 def read_emoji(shard: str, corpus: str, rows: dict[str, list[dict]], folder: str) -> Iterator[Record]:
     """Records of one kind of document. `rows`: shard -> recipes of `data.tasks`; `folder`: of
     the world."""

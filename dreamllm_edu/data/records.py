@@ -34,7 +34,7 @@ def open_binary(path: Path | str) -> BinaryIO:
     pieces as they are read. `OSError` if it cannot be opened."""
     return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")
 
-
+# %% ../../nbs/17_corpora.ipynb #e1c03641
 @dataclass(frozen=True)
 class Picture:
     """A picture that is not decoded yet.
@@ -87,7 +87,7 @@ class Picture:
 class Broken(ValueError):
     """Takes the place of a record that cannot be used; its message says which one, and why."""
 
-
+# %% ../../nbs/17_corpora.ipynb #f82a9815
 @dataclass
 class Record:
     """A document whose pictures are not opened yet.

@@ -46,7 +46,7 @@ def item_end(text: str, start: int) -> int:
             return match.end()
     return -1
 
-
+# %% ../../nbs/17_corpora.ipynb #d8636f55
 def json_items(file: BinaryIO, piece: int = 2**18) -> Iterator[object]:
     """The items of a JSON list, or of JSON values one after another, decoded one by one;
     `Broken` in the place of an item that is not JSON.
@@ -118,7 +118,7 @@ def parse(data: bytes) -> object:
     except (ValueError, RecursionError) as error:
         raise Broken(f"not JSON ({error})") from error
 
-
+# %% ../../nbs/17_corpora.ipynb #7ca5e874
 def json_lines(file: BinaryIO) -> Iterator[object]:
     """The values of JSON lines; `Broken` in the place of a line that is not JSON or is longer than
     `MAX_BYTES`. Empty lines are left out."""
@@ -173,7 +173,7 @@ def tar_index(file: BinaryIO) -> dict[str, tuple[int, int]]:
         pass
     return index
 
-
+# %% ../../nbs/17_corpora.ipynb #307f9876
 @contextmanager
 def pictures_of(images: Path | str | None, shard: str, missing: str = "record") -> Iterator[FindPicture]:
     """A function `(name, record_name)` -> `Picture`, which looks in the folder or the tar
@@ -250,7 +250,7 @@ def records(shard: str, corpus: str, rows: Iterable[tuple[str, object]],
         yield Broken(f"{corpus}, {os.path.basename(shard)}: cut off or damaged ({error}); "
                      "the rest of this shard is lost")
 
-
+# %% ../../nbs/17_corpora.ipynb #70f6fbbc
 def need(row: dict, key: str, kind: type) -> object:
     """`row[key]`; `ValueError` if it is missing or not of the type `kind`."""
     if not isinstance(row.get(key), kind):

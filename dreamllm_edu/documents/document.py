@@ -31,7 +31,7 @@ def is_plain_rgb(picture: Image.Image) -> bool:
     """Whether a picture is decoded, RGB and not empty; `Image.open` gives subclasses of `Image.Image`."""
     return type(picture) is Image.Image and picture.mode == "RGB" and 0 not in picture.size
 
-
+# %% ../../nbs/00_documents.ipynb #d5dada1b
 @dataclass
 class Document:
     """An ordered list of texts (`str`), pictures (RGB `PIL.Image`, values 0 to 255) and
