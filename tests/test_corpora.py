@@ -16,6 +16,9 @@ import pytest
 from conftest import picture
 
 from dreamllm_edu.data import readers as c
+from dreamllm_edu.data import shards
+from dreamllm_edu.data.lanes import Lane, lanes_of
+from dreamllm_edu.data.shards import json_items
 from dreamllm_edu.data.tasks import load, to_document
 from dreamllm_edu.data.world import World
 from dreamllm_edu.models.dreamllm.official import interleaved_document
@@ -68,7 +71,7 @@ def answers(lane, n):
 
 def one_epoch(corpus, lane, lanes, epoch=0, seed=0):
     """The answers of one epoch of a lane."""
-    reader, found = c.Lane([corpus], lane, lanes, seed), []
+    reader, found = Lane([corpus], lane, lanes, seed), []
     for record in reader:
         now = reader.state()["corpora"][corpus.name]["epoch"]
         if now > epoch:
@@ -121,8 +124,8 @@ def test_lists_are_read_in_any_pieces():
     for ascii_only in (True, False):
         data = json.dumps(whole, ensure_ascii=ascii_only, indent=rng.choice([None, 1])).encode()
         for piece in (1, 3, 16, 10_000):
-            assert list(c.json_items(io.BytesIO(data), piece)) == whole
-            assert list(c.json_items(io.BytesIO(b"\xef\xbb\xbf" + data), piece)) == whole  # a byte order mark
+            assert list(json_items(io.BytesIO(data), piece)) == whole
+            assert list(json_items(io.BytesIO(b"\xef\xbb\xbf" + data), piece)) == whole  # a byte order mark
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -132,7 +135,7 @@ def test_lists_are_read_in_any_pieces():
     ("[" * 100_000, "-"), ("[]", "")])
 def test_damaged_json(text, expected):
     for piece in (1, 5, 10_000) if len(text) < 1000 else (10_000,):
-        found = list(c.json_items(io.BytesIO(text.encode()), piece))
+        found = list(json_items(io.BytesIO(text.encode()), piece))
         assert "".join("-" if isinstance(item, c.Broken) else "r" for item in found) == expected, (piece, found)
 
 
@@ -142,7 +145,7 @@ def test_a_huge_record_is_passed_over(tmp_path, monkeypatch):
     huge = json.dumps({"conversations": turns("q", "x" * 5000)})
     (tmp_path / "numbers-0.jsonl").write_text("\n".join([lines[0], huge, lines[2]]))
     assert shape(read_all(corpus)) == "rrr"
-    monkeypatch.setattr(c, "MAX_BYTES", 1000)
+    monkeypatch.setattr(shards, "MAX_BYTES", 1000)
     found = read_all(corpus)
     assert shape(found) == "r-r" and "1,000 bytes" in str(found[1]) and found[2].parts[-1] == " numbers 0 2"
     (tmp_path / "list.json").write_text("[" + ",".join([lines[0], huge, lines[2]]) + "]")
@@ -354,7 +357,7 @@ def test_mmc4_missing_pictures(images, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_tar(tmp_path / "a.tar", [("0.png", png(0))])
     for place in (images, tmp_path / "a.tar"):
-        lane = c.Lane([c.mmc4("x", tmp_path / "a.jsonl", place)], 0, 1)
+        lane = Lane([c.mmc4("x", tmp_path / "a.jsonl", place)], 0, 1)
         assert [next(lane).parts[-1] for _ in range(2)] == ["good"] * 2 and lane.skipped == 2
         kept = read_all(c.mmc4("x", tmp_path / "a.jsonl", place, missing="picture"))
         assert [len(record.pictures) for record in kept] == [1, 1] and kept[0].parts[1:] == ["A. B. C."]
@@ -461,7 +464,7 @@ def test_open_corpora(tmp_path):
     assert [(corpus.name, corpus.weight) for corpus in found] == [("pairs", 2), ("chat", 1.0), ("toys", 0)]
     assert [s.rsplit("/", 1)[1] for s in found[1].shards] == ["chat-2.json", "chat-0.json", "chat-1.json"]
     assert all(isinstance(record.parts[1], c.Picture) for record in read_all(found[0]))
-    lane, same = c.Lane(found, 0, 2), c.Lane(pickle.loads(pickle.dumps(found)), 0, 2)
+    lane, same = Lane(found, 0, 2), Lane(pickle.loads(pickle.dumps(found)), 0, 2)
     for _ in range(20):
         one, other = next(lane), pickle.loads(pickle.dumps(next(same)))
         assert one == other and one.corpus in ("pairs", "chat")
@@ -542,7 +545,7 @@ def test_processes_only_share_the_lanes(tmp_path):
     for processes in (1, 2, 4, 8):
         drawn = Counter()
         for rank in range(processes):
-            mine = {lane: c.Lane(found, lane, 8) for lane in c.lanes_of(rank, processes, 8)}
+            mine = {lane: Lane(found, lane, 8) for lane in lanes_of(rank, processes, 8)}
             for _ in range(12):
                 drawn.update((lane, next(reader).name) for lane, reader in mine.items())
         union.append(drawn)
@@ -552,55 +555,55 @@ def test_processes_only_share_the_lanes(tmp_path):
 @pytest.mark.parametrize("rank, world, lanes", [(0, 3, 8), (2, 2, 8), (-1, 2, 8), (0, 0, 8), (0, 1, 0)])
 def test_lanes_of_refuses(rank, world, lanes):
     with pytest.raises(ValueError):
-        c.lanes_of(rank, world, lanes)
+        lanes_of(rank, world, lanes)
 
 
 @pytest.mark.parametrize("lane, lanes", [(0, 1), (1, 3)])
 def test_resume_from_every_place(lane, lanes, tmp_path):
     found = [numbered(tmp_path, [5, 6, 3], "a", bad={(0, 0), (1, 5), (2, 1)}), numbered(tmp_path, [7], "b", weight=0.4, bad={(0, 6)})]
-    reader, said, states, skipped = c.Lane(found, lane, lanes, seed=3), [], [c.Lane(found, lane, lanes, seed=3).state()], []
+    reader, said, states, skipped = Lane(found, lane, lanes, seed=3), [], [Lane(found, lane, lanes, seed=3).state()], []
     for _ in range(60):
         said += answers(reader, 1)
         states.append(json.loads(json.dumps(reader.state())))
         skipped.append(reader.skipped)
     assert states[-1]["corpora"]["a"]["epoch"] >= 2, "the test should cross epochs"
     for place in range(50):
-        again = c.Lane(found, lane, lanes, seed=3, state=states[place])
+        again = Lane(found, lane, lanes, seed=3, state=states[place])
         assert answers(again, 10) == said[place:place + 10] and again.skipped == skipped[place + 9] and again.state() == states[place + 10]
 
 
 def test_resume_in_the_middle_of_a_tar(tmp_path):
     corpus = c.laion("x", tars(tmp_path, 2, 5))
-    said = [record for record in itertools.islice(c.Lane([corpus], 0, 1), 14)]
+    said = [record for record in itertools.islice(Lane([corpus], 0, 1), 14)]
     for place in range(10):
-        reader = c.Lane([corpus], 0, 1)
+        reader = Lane([corpus], 0, 1)
         list(itertools.islice(reader, place))
-        assert list(itertools.islice(c.Lane([corpus], 0, 1, state=reader.state()), 4)) == said[place:place + 4]
+        assert list(itertools.islice(Lane([corpus], 0, 1, state=reader.state()), 4)) == said[place:place + 4]
 
 
 def test_a_state_fits_only_its_own(tmp_path):
     found = [numbered(tmp_path, [5, 5], "a")]
-    state = c.Lane(found, 0, 2).state()
-    c.Lane(found, 0, 2, state=state)
+    state = Lane(found, 0, 2).state()
+    Lane(found, 0, 2, state=state)
     other = [numbered(tmp_path, [5, 5, 5], "a")]
     for corpora, lane, lanes, seed in ((found, 1, 2, 0), (found, 0, 4, 0), (found, 0, 2, 1), (other, 0, 2, 0)):
         with pytest.raises(ValueError, match="another"):
-            c.Lane(corpora, lane, lanes, seed, state=state)
+            Lane(corpora, lane, lanes, seed, state=state)
     for bad in ({}, [], {**state, "corpora": 3}, {**state, "drawn": "x"}, {**state, "corpora": {"a": {"shards": state["corpora"]["a"]["shards"]}}}):
         with pytest.raises(ValueError, match="state"):
-            c.Lane(found, 0, 2, state=bad)
+            Lane(found, 0, 2, state=bad)
     for lane, lanes in ((2, 2), (-1, 2)):
         with pytest.raises(ValueError, match="lane"):
-            c.Lane(found, lane, lanes)
+            Lane(found, lane, lanes)
 
 
 def test_weights_are_respected(tmp_path):
     found = [numbered(tmp_path, [9], name, weight=weight) for name, weight in (("a", 5), ("b", 3), ("c", 2), ("d", 0))]
-    count = Counter(record.corpus for lane in range(4) for record in itertools.islice(c.Lane(found, lane, 4), 500))
+    count = Counter(record.corpus for lane in range(4) for record in itertools.islice(Lane(found, lane, 4), 500))
     assert sum(count.values()) == 2000 and count["d"] == 0
     for name, share in (("a", 0.5), ("b", 0.3), ("c", 0.2)):
         assert abs(count[name] - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5, count
-    lanes = [[record.corpus for record in itertools.islice(c.Lane(found, lane, 4), 20)] for lane in range(2)]
+    lanes = [[record.corpus for record in itertools.islice(Lane(found, lane, 4), 20)] for lane in range(2)]
     assert lanes[0] != lanes[1], "lanes should not toss the same coins"
 
 
@@ -611,7 +614,7 @@ def test_broken_records_are_counted_and_shift_nothing(tmp_path):
     for lane in range(3):
         assert one_epoch(hurt, lane, 3) == [answer for answer in clean[lane] if answer not in gone]
         for report, count in ((notes, notes.__len__), (told.append, told.__len__)):
-            before, reader = count(), c.Lane([hurt], lane, 3, report=report)
+            before, reader = count(), Lane([hurt], lane, 3, report=report)
             while reader.state()["corpora"]["numbers"]["epoch"] < 2:
                 next(reader)
             assert reader.skipped == reader.state()["skipped"] == count() - before
@@ -622,7 +625,7 @@ def test_broken_records_are_counted_and_shift_nothing(tmp_path):
 def test_a_bad_picture_is_refused_by_its_reader(tmp_path):
     write_tar(tmp_path / "a.tar", [(n, d[:50] if n == "000000001.png" else d) for i in range(3) for n, d in pair(i)])
     notes = []
-    lane = c.Lane([c.laion("x", tmp_path / "a.tar")], 0, 1, report=notes)
+    lane = Lane([c.laion("x", tmp_path / "a.tar")], 0, 1, report=notes)
     names = [document.name for document in itertools.islice(lane.documents(), 4)]
     assert [name[-1] for name in names] == ["0", "2", "0", "2"] and lane.skipped == 2 and all("000000001.png" in note for note in notes)
 
@@ -633,24 +636,24 @@ def test_nothing_usable_ends_in_an_error(content, images, tmp_path):
     good = numbered(tmp_path, [3])
     bad = c.llava("bad", tmp_path / "a.jsonl", images, weight=0.3)
     with pytest.raises(ValueError, match="bad: a whole epoch without one usable record"):
-        list(itertools.islice(c.Lane([good, bad], 0, 1), 200))
+        list(itertools.islice(Lane([good, bad], 0, 1), 200))
 
 
 def test_no_picture_that_opens_ends_in_an_error(tmp_path):
     write_tar(tmp_path / "a.tar", [(name, data[:50] if name.endswith("png") else data) for i in range(3) for name, data in pair(i)])
     with pytest.raises(ValueError, match="without one usable record"):
-        next(c.Lane([c.laion("x", tmp_path / "a.tar")], 0, 1).documents())
+        next(Lane([c.laion("x", tmp_path / "a.tar")], 0, 1).documents())
 
 
 def test_more_lanes_than_records(tmp_path):
     corpus = numbered(tmp_path, [2, 1], bad={(1, 0)})
     for lane in range(8):
-        assert set(answers(c.Lane([corpus], lane, 8), 6)) <= {"numbers 0 0", "numbers 0 1"}
+        assert set(answers(Lane([corpus], lane, 8), 6)) <= {"numbers 0 0", "numbers 0 1"}
 
 
 def test_corpora_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="same name"):
-        c.Lane([numbered(tmp_path, [1]), numbered(tmp_path, [1])], 0, 1)
+        Lane([numbered(tmp_path, [1]), numbered(tmp_path, [1])], 0, 1)
 
 
 def peak(action):
@@ -665,7 +668,7 @@ def test_memory_stays_flat(tmp_path):
     def of_lane(n):
         path = tmp_path / f"many-{n}.jsonl"
         path.write_text("".join(json.dumps({"conversations": turns("Count.", f"{i}")}) + "\n" for i in range(n)))
-        lane = c.Lane([c.llava("many", path)], 0, 1)
+        lane = Lane([c.llava("many", path)], 0, 1)
         return peak(lambda: Counter(len(record.parts) for record in itertools.islice(lane, n - 1)))
 
     def of_list(n):

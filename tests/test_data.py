@@ -362,3 +362,12 @@ def test_load_says_what_there_is(world):
 
 def test_smileys_are_there_for_those_who_ask():
     assert len(data.World(groups=None).concepts) == 981
+
+
+@pytest.mark.parametrize("module", ["dreamllm_edu.documents", "dreamllm_edu.data", "dreamllm_edu.data.lanes"])
+def test_documents_and_data_load_fast(module):
+    """Libraries that take seconds to load are loaded by the functions that need them."""
+    slow = ("datasets", "pandas", "pyarrow", "transformers", "diffusers", "matplotlib")
+    code = f"import sys, {module}; print([name for name in {slow!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.stdout.strip() == "[]"

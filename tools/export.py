@@ -29,8 +29,7 @@ class Maker(ModuleMaker):
     def make(self, cells, all_cells=None, lib_path=None):
         super().make(cells, all_cells, lib_path)
         text = Path(self.fname).read_text(encoding="utf8")
-        if self.is_new:
-            Path(self.fname).write_text(with_docstring(text), encoding="utf8")
+        Path(self.fname).write_text(with_docstring(text), encoding="utf8")
 
 
 def with_docstring(text: str) -> str:

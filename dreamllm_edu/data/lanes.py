@@ -10,42 +10,52 @@ import hashlib
 import math
 import os
 import random
+from collections.abc import Callable, Iterable, Iterator
 
 from fastcore.basics import patch
 
+from .records import Broken, Corpus, Record
+from ..documents.document import Document
+
 # %% ../../nbs/17_corpora.ipynb #2a8033b3
-def check_weights(corpora):
-    """`ValueError` unless there is a corpus with a positive weight, and each name comes once."""
+def check_weights(corpora: Iterable[Corpus]) -> None:
+    """`ValueError` unless there is a corpus with a positive weight, and each name is used once."""
     if not any(corpus.weight for corpus in corpora):
         raise ValueError("an empty mixture: give at least one corpus with a weight above 0")
     if len({corpus.name for corpus in corpora}) < len(corpora):
         raise ValueError("two corpora of a mixture have the same name")
 
 # %% ../../nbs/17_corpora.ipynb #a5cc94f4
-def lanes_of(rank, world, lanes):
-    """The lanes of process `rank` of `world`: `rank`, `rank + world`, ... `ValueError` unless `world` divides `lanes`."""
+def lanes_of(rank: int, world: int, lanes: int) -> list[int]:
+    """The lanes of process `rank` of `world` processes: `rank`, `rank + world`, ... `ValueError`
+    unless `world` divides `lanes`."""
     if world < 1 or lanes < 1 or lanes % world:
-        raise ValueError(f"{lanes} lanes cannot be shared evenly by {world} processes; use a number of processes that divides {lanes}")
+        raise ValueError(f"{lanes} lanes cannot be shared evenly by {world} processes; "
+                         f"use a number of processes that divides {lanes}")
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank}: there are ranks 0 to {world - 1}")
     return list(range(rank, lanes, world))
 
 
-def virtual_shards(corpus, lane, lanes, epoch, seed):
-    """[(shard, stride, strides), ...] that a lane reads of a corpus in an epoch; all lanes together read each record once."""
+def virtual_shards(corpus: Corpus, lane: int, lanes: int, epoch: int,
+                   seed: int) -> list[tuple[str, int, int]]:
+    """[(shard, stride, strides), ...] that a lane reads of a corpus in an epoch: of each shard
+    the records `stride`, `stride + strides`, ... All lanes together read each record once."""
     strides = math.ceil(lanes / len(corpus.shards))
     order = [(shard, stride, strides) for shard in corpus.shards for stride in range(strides)]
     random.Random(f"{seed}/{epoch}/{corpus.name}").shuffle(order)
     return order[lane::lanes]
 
 
-def fingerprint(corpus):
-    """Eight digits that change when the names of the shards or their order change."""
-    return hashlib.sha256("\n".join(map(os.path.basename, corpus.shards)).encode("utf8", "surrogateescape")).hexdigest()[:8]
+def fingerprint(corpus: Corpus) -> str:
+    """Eight hexadecimal digits that change when the names of the shards or their order change."""
+    names = "\n".join(map(os.path.basename, corpus.shards))
+    return hashlib.sha256(names.encode("utf8", "surrogateescape")).hexdigest()[:8]
 
 
-def check_item(item):
-    """`ValueError` if an item of a shard is broken, or shows without decoding that it cannot be used."""
+def check_item(item: Record | Broken) -> None:
+    """`ValueError` if an item of a shard is broken, or has a picture file that is missing, empty
+    or too large. Nothing is decoded."""
     if isinstance(item, ValueError):
         raise item
     for picture in item.pictures:
@@ -53,30 +63,37 @@ def check_item(item):
 
 # %% ../../nbs/17_corpora.ipynb #b7b88b89
 class Lane:
-    """An endless iterator over the `Record`s of lane `lane` of `lanes`, from a weighted mixture of corpora. Make it in the process that reads it.
+    """An endless iterator over the `Record`s of lane `lane` of `lanes`, from a weighted mixture
+    of corpora. Make it in the process that reads it.
 
-    What it yields depends on `corpora`, `lane`, `lanes` and `seed` only. Broken records are passed over, counted in `skipped`, and told to `report`,
-    a function or a list. `state`: what `state()` returned; the lane goes on exactly behind it. Raises `ValueError` for a mixture without weight, a
-    lane that is not one of `lanes`, a state of other shards, lanes or seed, and, while reading, for a corpus without any usable record."""
-    def __init__(self, corpora, lane, lanes, seed=0, state=None, report=None):
+    What it yields depends only on `corpora`, `lane`, `lanes` and `seed`. Broken records are
+    passed over and counted in `skipped`; their messages go to `report`, a function or a list.
+    `state`: a result of `state()`; the lane resumes exactly behind it. Raises `ValueError` for a
+    mixture without weight, a lane that is not one of `lanes`, a state of other shards, lanes or
+    seed, and, while reading, for a corpus without any usable record."""
+    def __init__(self, corpora: Iterable[Corpus], lane: int, lanes: int, seed: int = 0,
+                 state: dict | None = None,
+                 report: Callable[[str], object] | list[str] | None = None) -> None:
         self.corpora, self.lane, self.lanes, self.seed = list(corpora), lane, lanes, seed
         check_weights(self.corpora)
         if not 0 <= lane < lanes:
             raise ValueError(f"lane {lane}: there are lanes 0 to {lanes - 1}")
-        self.tell = report.append if isinstance(report, list) else report or (lambda message: None)
+        report = report.append if isinstance(report, list) else report
+        self._report = report or (lambda message: None)
         self.drawn = self.skipped = 0
-        self.places = {c.name: {"epoch": 0, "shard": 0, "record": 0, "good": 0, "shards": fingerprint(c)} for c in self.corpora}
+        self.places = {corpus.name: {"epoch": 0, "shard": 0, "record": 0, "good": 0,
+                                     "shards": fingerprint(corpus)} for corpus in self.corpora}
         if state is not None:
             self._restore(state)
         self._streams = {}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Record]:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Record:
         return self.draw()
 
-    def draw(self, corpus=None):
+    def draw(self, corpus: Corpus | None = None) -> Record:
         """The next record of `corpus`, or of the one that is drawn by weight."""
         corpus = corpus or self._choose()
         if corpus.name not in self._streams:
@@ -85,16 +102,17 @@ class Lane:
         self.drawn += 1
         return record
 
-    def _skip(self, error):
+    def _skip(self, error: Exception) -> None:
         self.skipped += 1
-        self.tell(str(error))
+        self._report(str(error))
 
 # %% ../../nbs/17_corpora.ipynb #bbe522cd
 @patch
-def _choose(self: Lane):
+def _choose(self: Lane) -> Corpus:
     """The corpus of the next record, from seed, lane and count alone."""
     weighted = [corpus for corpus in self.corpora if corpus.weight]
-    point = random.Random(f"{self.seed}/{self.lane}/{self.drawn}").random() * sum(corpus.weight for corpus in weighted)
+    total = sum(corpus.weight for corpus in weighted)
+    point = random.Random(f"{self.seed}/{self.lane}/{self.drawn}").random() * total
     for corpus in weighted:
         point -= corpus.weight
         if point < 0:
@@ -102,8 +120,8 @@ def _choose(self: Lane):
     return weighted[-1]
 
 # %% ../../nbs/17_corpora.ipynb #7bf69c30
-def look_for_one(corpus):
-    """`ValueError` unless some record of the corpus, in any shard, truly opens."""
+def look_for_one(corpus: Corpus) -> None:
+    """`ValueError` unless the pictures of at least one record of the corpus can be opened."""
     last = "its shards hold no record"
     for shard in corpus.shards:
         for item in corpus.read(shard):
@@ -117,8 +135,9 @@ def look_for_one(corpus):
 
 
 @patch
-def _stream(self: Lane, corpus, place):
-    """The good records of this lane's share of a corpus, epoch after epoch; `place` always says where to go on."""
+def _stream(self: Lane, corpus: Corpus, place: dict) -> Iterator[Record]:
+    """The good records of this lane's share of a corpus, epoch after epoch; `place`, one of
+    `self.places`, always says where to resume."""
     while True:
         share = virtual_shards(corpus, self.lane, self.lanes, place["epoch"], self.seed)
         while place["shard"] < len(share):
@@ -142,15 +161,17 @@ def _stream(self: Lane, corpus, place):
 
 # %% ../../nbs/17_corpora.ipynb #8ef2bd38
 @patch
-def refuse(self: Lane, record, error):
-    """Count a record that the lane has yielded, but that turned out broken when it was opened."""
+def refuse(self: Lane, record: Record, error: Exception) -> None:
+    """Count a record that the lane has yielded as broken, because `error` was raised when it was
+    opened."""
     self.places[record.corpus]["good"] -= 1
     self._skip(error)
 
 
 @patch
-def documents(self: Lane):
-    """An endless iterator over opened `Document`s; records whose pictures do not open are refused."""
+def documents(self: Lane) -> Iterator[Document]:
+    """An endless iterator over opened `Document`s; records whose pictures cannot be opened are
+    refused."""
     for record in self:
         try:
             document = record.document()
@@ -161,22 +182,27 @@ def documents(self: Lane):
 
 
 @patch
-def state(self: Lane):
-    """Where the lane is, as a small dict that JSON can hold: behind the last record that was yielded."""
-    return {"seed": self.seed, "lane": self.lane, "lanes": self.lanes, "drawn": self.drawn, "skipped": self.skipped,
+def state(self: Lane) -> dict:
+    """Where the lane is, as a small dict that JSON can hold: behind the last record that was
+    yielded."""
+    return {"seed": self.seed, "lane": self.lane, "lanes": self.lanes, "drawn": self.drawn,
+            "skipped": self.skipped,
             "corpora": {name: dict(place) for name, place in self.places.items()}}
 
-
+# %% ../../nbs/17_corpora.ipynb #5d56a68c
 @patch
-def _restore(self: Lane, state):
-    """Take a state over; `ValueError` if it is not one of this lane over these shards."""
+def _restore(self: Lane, state: dict) -> None:
+    """Resume from a state; `ValueError` if it is not a state of this lane over these shards."""
     try:
         same = (state["seed"], state["lane"], state["lanes"]) == (self.seed, self.lane, self.lanes)
-        same = same and {n: p["shards"] for n, p in state["corpora"].items()} == {n: p["shards"] for n, p in self.places.items()}
+        shards = {name: place["shards"] for name, place in state["corpora"].items()}
+        same = same and shards == {name: place["shards"] for name, place in self.places.items()}
         self.drawn, self.skipped = int(state["drawn"]), int(state["skipped"])
         for name, place in self.places.items() if same else ():
-            place.update({key: int(state["corpora"][name][key]) for key in ("epoch", "shard", "record", "good")})
+            stored = state["corpora"][name]
+            place.update({key: int(stored[key]) for key in ("epoch", "shard", "record", "good")})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"this is no state of a lane ({type(error).__name__}: {error})") from error
     if not same:
-        raise ValueError("the state is of another lane, number of lanes, seed, mixture or list of shards; go on with the same, or start without it")
+        raise ValueError("the state is of another lane, number of lanes, seed, mixture or list of shards; "
+                         "go on with the same, or start without it")

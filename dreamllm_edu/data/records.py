@@ -9,49 +9,57 @@ __all__ = ['MAX_BYTES', 'is_remote', 'open_binary', 'Picture', 'Broken', 'Record
 import hashlib
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
+from PIL import Image
 
 from ..documents.document import Document
 from ..documents.pictures import load_picture
 
 # %% ../../nbs/17_corpora.ipynb #bf41f756
-MAX_BYTES = 64 * 2**20  # a picture's file, a line, a record: what is larger is refused before it fills the memory
+MAX_BYTES = 64 * 2**20  # of a picture's file, a line, a record; larger ones would fill the memory
 
 
-def is_remote(path):
+def is_remote(path: Path | str) -> bool:
     """Whether a path is a URL: `hf://...`, `https://...`."""
     return "://" in str(path)
 
 
-def open_binary(path):
-    """A readable binary stream of a local file, or of a URL through fsspec, which fetches pieces as they are read."""
+def open_binary(path: Path | str) -> BinaryIO:
+    """A readable binary stream of a local file, or of a URL through fsspec, which fetches the
+    pieces as they are read. `OSError` if it cannot be opened."""
     return fsspec.open(path, "rb").open() if is_remote(path) else open(path, "rb")
 
-
+# %% ../../nbs/17_corpora.ipynb #e1c03641
 @dataclass(frozen=True)
 class Picture:
-    """Stands for a picture that is not decoded yet. `source`: the file's bytes, or its path or URL; `name`: what messages call it.
-    Equal if the sources are."""
+    """A picture that is not decoded yet.
+
+    `source`: the bytes of its file, or the file's path or URL. `name`: what error messages call
+    it. Two are equal if their sources are equal."""
     source: bytes | str = field(repr=False)
     name: str = field(compare=False)
 
-    def data(self):
-        """The file's bytes. `ValueError` if they cannot be had or are more than `MAX_BYTES`."""
+    def data(self) -> bytes:
+        """The bytes of the file. `ValueError` if it cannot be read or has more than `MAX_BYTES`."""
         if isinstance(self.source, bytes):
             return self.source
         try:
             with open_binary(self.source) as file:
                 data = file.read(MAX_BYTES + 1)
-        except Exception as error:  # a web server fails in many ways
+        except Exception as error:  # fsspec's file systems raise errors of many types
             raise ValueError(f"{self.name}: cannot be read ({type(error).__name__}: {error})") from error
         if len(data) > MAX_BYTES:
             raise ValueError(f"{self.name}: more than {MAX_BYTES:,} bytes")
         return data
 
-    def check(self):
-        """`ValueError` for what shows without decoding: a missing, empty or far too large file. URLs are not asked."""
+    def check(self) -> None:
+        """`ValueError` for a file that is missing, empty or too large. Nothing is decoded, and
+        nothing is fetched: a URL always passes."""
         if isinstance(self.source, str) and is_remote(self.source):
             return
         try:
@@ -61,8 +69,8 @@ class Picture:
         if not 0 < size <= MAX_BYTES:
             raise ValueError(f"{self.name}: {size:,} bytes; a picture has 1 to {MAX_BYTES:,}")
 
-    def open(self):
-        """The picture, RGB. `ValueError` names it and says what is wrong."""
+    def open(self) -> Image.Image:
+        """The decoded picture, RGB. `ValueError` names the picture and says what is wrong."""
         data = self.data()
         try:
             return load_picture(data)
@@ -70,28 +78,32 @@ class Picture:
             raise ValueError(f"{self.name}: {str(error).removeprefix('bytes: ')}") from error
 
     @property
-    def key(self):
-        """32 hexadecimal digits of the bytes' SHA-256: the same for the same file, wherever it lies."""
+    def key(self) -> str:
+        """32 hexadecimal digits of the SHA-256 of the file: equal for equal files, wherever they
+        lie."""
         return hashlib.sha256(self.data()).hexdigest()[:32]
 
 # %% ../../nbs/17_corpora.ipynb #2ec12ee4
 class Broken(ValueError):
-    """Stands in the place of a record that cannot be used; its message says which, and why."""
+    """Takes the place of a record that cannot be used; its message says which one, and why."""
 
-
+# %% ../../nbs/17_corpora.ipynb #f82a9815
 @dataclass
 class Record:
-    """A document whose pictures are not opened yet. `parts`: str and `Picture`; `given`: how many leading parts are a prompt, as in `Document`.
+    """A document whose pictures are not opened yet.
 
-    `learn`: for each part whether its words and its drawing are learned; by default all after the first `given`. Raises `ValueError` for no parts,
-    parts of another type, text that is no Unicode, and a `given` or `learn` that does not fit."""
-    parts: list
+    `parts`: texts and `Picture`s. `given`: how many leading parts are a prompt, as in
+    `Document`. `name`: what error messages call the record. `corpus`: the name of its corpus.
+    `learn`: for each part whether it is learned; by default all parts after the first `given`
+    are. Raises `ValueError` for no parts, parts of another type, text that is not valid Unicode,
+    and a `given` or `learn` that does not fit."""
+    parts: list[str | Picture]
     given: int = 0
     name: str = "record"
     corpus: str = ""
-    learn: list | None = None
+    learn: list[bool] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.parts or any(not isinstance(part, (str, Picture)) for part in self.parts):
             raise ValueError("a record needs parts, each a text or a Picture")
         for i, part in enumerate(self.parts):
@@ -108,29 +120,38 @@ class Record:
             raise ValueError("learn needs one truth value a part, False for each given part")
 
     @property
-    def pictures(self):
+    def pictures(self) -> list[Picture]:
+        """The pictures, in order, not opened."""
         return [part for part in self.parts if isinstance(part, Picture)]
 
-    def document(self):
-        """The `Document`, its pictures opened. `ValueError` names the record and the picture that cannot be opened."""
+    def document(self) -> Document:
+        """The `Document` with its pictures opened. `ValueError` names the record and the picture
+        that cannot be opened."""
         try:
-            return Document([part if isinstance(part, str) else part.open() for part in self.parts], self.given, self.name)
+            parts = [part if isinstance(part, str) else part.open() for part in self.parts]
+            return Document(parts, self.given, self.name)
         except ValueError as error:
-            raise ValueError(str(error) if str(error).startswith(self.name) else f"{self.name}: {error}") from error
+            message = str(error)
+            message = message if message.startswith(self.name) else f"{self.name}: {message}"
+            raise ValueError(message) from error
 
 # %% ../../nbs/17_corpora.ipynb #ac7f9de7
 @dataclass(frozen=True)
 class Corpus:
-    """Shards of records. `read(shard)` iterates over its `Record`s, with a `ValueError` (a `Broken`) in the place of each that cannot be used.
+    """Shards of records.
 
-    `weight`: its share of a mixture, relative to the others. `documents`: how many of a step there are of it, when a step has one corpus. Raises `ValueError` without shards and for a weight that is no number from 0 up."""
+    `shards`: names of shards, usually paths or URLs. `read(shard)`: iterates over the `Record`s
+    of a shard, with a `Broken` in the place of each that cannot be used. `weight`: its share of
+    a mixture, relative to the other corpora. `documents`: how many documents of a step there are of
+    it, when a step has one corpus (None: the stage's batch). Raises `ValueError` without shards and
+    for a weight that is not a number from 0 up."""
     name: str
-    shards: tuple
-    read: object = field(repr=False)
+    shards: tuple[str, ...]
+    read: Callable[[str], Iterator[Record | Broken]] = field(repr=False)
     weight: float = 1.0
     documents: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "shards", tuple(str(shard) for shard in self.shards))
         if not self.shards:
             raise ValueError(f"{self.name}: a corpus needs at least one shard")

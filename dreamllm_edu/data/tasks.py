@@ -9,31 +9,41 @@ __all__ = ['KINDS', 'caption', 'row', 'pairs', 'articles', 'scene_list', 'dialog
 # %% ../../nbs/01_data.ipynb #2e03583c
 import functools
 import random
-
-import datasets
+from typing import TYPE_CHECKING
 
 from .world import (
     HELD_OUT_STYLE, SCENE_NAMES, STYLES, Scene, World, article, plural)
 from ..documents.document import Document
 
+if TYPE_CHECKING:
+    import datasets
+
 # %% ../../nbs/01_data.ipynb #ee951c73
 KINDS = ("pairs", "articles", "dialogues", "edits", "subjects", "scenes")
 
 
-def caption(name, style=None):
-    """The caption of a single picture: `red apple in Noto style`."""
+def caption(name: str, style: str | None = None) -> str:
+    """The caption of a single picture: `red apple in Noto style`. A style that is not in
+    `STYLES` is not named."""
     return f"{name} in {STYLES[style]} style" if style in STYLES else name
 
 
-def row(kind, parts, given, **truth):
-    """One recipe: parts are `{"text": ...}` or `{"picture": ref}`; `truth` holds what an evaluation may ask."""
+def row(kind: str, parts: list[str], given: int, **truth: str) -> dict:
+    """One recipe: the row of a data set from which `to_document` makes a document.
+
+    `parts`: texts, and references to pictures with `ref:` before them. `given`: how many leading
+    parts are the prompt. `truth`: what an evaluation may ask, of `concept`, `style`, `relation`,
+    `answer` and `task`. In the row each part is `{"text": ..., "picture": ...}`, of which one is
+    empty."""
     keep = {key: truth.get(key, "") for key in ("concept", "style", "relation", "answer", "task")}
-    return {"kind": kind, "parts": [{"text": p if not p.startswith("ref:") else "", "picture": p[4:] if p.startswith("ref:") else ""}
-                                    for p in parts], "given": given, **keep}
+    rows = [{"text": "", "picture": part.removeprefix("ref:")} if part.startswith("ref:")
+            else {"text": part, "picture": ""} for part in parts]
+    return {"kind": kind, "parts": rows, "given": given, **keep}
 
 
-def pairs(world, split):
-    """Picture and caption, both ways: `draw` (caption given) and `caption` (picture given)."""
+def pairs(world: World, split: str) -> list[dict]:
+    """Rows of a picture and its caption, both ways: `draw` (caption given), `caption` (picture
+    given)."""
     rows = []
     for concept in world.concepts:
         for style in (STYLES if split != "held_out_style" else [HELD_OUT_STYLE]):
@@ -46,120 +56,154 @@ def pairs(world, split):
     return rows
 
 # %% ../../nbs/01_data.ipynb #060647cd
-def articles(world, split, seed=0, members=3):
-    """Interleaved articles: a class of things, its definition, and its members with definition and picture. Assembled, not written by people.
+def articles(world: World, split: str, seed: int = 0, members: int = 3) -> list[dict]:
+    """Rows of interleaved articles: a class of things, its definition, and `members` of its
+    members, each with definition and picture. The articles are assembled, not written by people.
 
-    Whole classes are held out: one in eight of those with 3 to 25 members. Training also reads smaller and larger classes, to meet more ways in which
-    an article may begin. Only pictures that the training split shows are used."""
+    Whole classes are held out: one in eight of those with 3 to 25 members. Training also reads
+    smaller and larger classes, so that it meets more ways in which an article may begin. Only
+    pictures of the training split are used."""
     rng, classes = random.Random(seed), {}
     for concept in world.concepts:
-        for up in concept.get("hypernyms", []):
-            classes.setdefault((up["name"], up["definition"]), []).append(concept)
+        for parent in concept.get("hypernyms", []):
+            classes.setdefault((parent["name"], parent["definition"]), []).append(concept)
     medium = sorted(k for k, v in classes.items() if 3 <= len(v) <= 25)
-    held, rows, fewest = set(rng.sample(medium, len(medium) // 8)), [], 2 if split == "train" else members
-    for (name, definition), found in sorted(classes.items()):
+    held, rows = set(rng.sample(medium, len(medium) // 8)), []
+    fewest = 2 if split == "train" else members
+    for (name, definition), concepts in sorted(classes.items()):
         if ((name, definition) in held) != (split != "train"):
             continue
         for style in STYLES:
-            usable = [c for c in found if world.split_of(c["key"], style) == "train"]
+            usable = [c for c in concepts if world.split_of(c["key"], style) == "train"]
             for _ in range(min(8, len(usable)) if split == "train" else 1):
                 if len(usable) < fewest:
                     continue
                 parts = [f"{name.capitalize()} in {STYLES[style]} style: {definition}."]
                 for concept in rng.sample(usable, min(members, len(usable))):
-                    parts += [f" {concept['name'].capitalize()}: {concept['definition']}.", f"ref:{style}/{concept['key']}"]
+                    parts += [f" {concept['name'].capitalize()}: {concept['definition']}.",
+                              f"ref:{style}/{concept['key']}"]
                 rows.append(row("articles", parts, 1, concept=name, style=style, task="article"))
     return rows
 
 # %% ../../nbs/01_data.ipynb #5596db5a
 @functools.lru_cache(maxsize=8)
-def _scene_list(held_couples, split, seed, singles):
-    rng, scenes = random.Random(f"{seed}{split}"), []
+def _scene_list(held_couples: frozenset[tuple[str, str]], split: str, seed: int) -> tuple[Scene, ...]:
+    """`scene_list`, kept in memory; `split`: `train` or `held_out`."""
+    rng, counts, couples = random.Random(f"{seed}{split}"), [], []
     for style in STYLES:
-        for i, a in enumerate(SCENE_NAMES):
+        for a in SCENE_NAMES:
             for relation in ("two", "three"):
-                shown, *others = [Scene(a, a, relation, style, singles + jitter) for jitter in range(9)]  # two jitters may move the objects alike
-                scenes.append(shown if split == "train" else next(s for s in others if s.boxes() != shown.boxes()))
+                # the first jitter is for training; two jitters may move the objects alike
+                first, *others = [Scene(a, a, relation, style, jitter) for jitter in range(9)]
+                other = next(scene for scene in others if scene.boxes() != first.boxes())
+                counts.append(first if split == "train" else other)
             for b in SCENE_NAMES:
                 if a != b and ((tuple(sorted((a, b))) in held_couples) == (split != "train")):
-                    scenes += [Scene(a, b, relation, style, rng.randrange(4)) for relation in ("left", "above")]
-    counts = [s for s in scenes if s.relation in ("two", "three")]
-    return tuple(counts + rng.sample([s for s in scenes if s.relation in ("left", "above")], 4000 if split == "train" else 300))
+                    couples += [Scene(a, b, relation, style, rng.randrange(4))
+                                for relation in ("left", "above")]
+    return tuple(counts + rng.sample(couples, 4000 if split == "train" else 300))
 
 
-def scene_list(world, split, seed=0):
-    """Scenes of a split. Couples of concepts are held out in either order; counts differ from the training ones by their jitter only."""
-    return _scene_list(frozenset(world.held_couples), "train" if split == "train" else "held_out", seed, 0)
+def scene_list(world: World, split: str, seed: int = 0) -> tuple[Scene, ...]:
+    """Scenes of a split. Couples of concepts are held out in either order. Counting scenes
+    differ from those for training only by their jitter."""
+    split = "train" if split == "train" else "held_out"
+    return _scene_list(frozenset(world.held_couples), split, seed)
 
 # %% ../../nbs/01_data.ipynb #0dff521d
-def dialogues(world, split):
-    """Questions about a picture and wishes for one. Held-out rows ask about held-out renderings and held-out scenes."""
+def _ask(ref: str, question: str, answer: str, **truth: str) -> dict:
+    """The row of a question about a picture."""
+    parts = ["User: ", f"ref:{ref}", f" {question}?\nAssistant:", answer]
+    return row("dialogues", parts, 3, answer=answer, **truth)
+
+
+def _ask_scene(scene: Scene) -> dict:
+    """The row of a question about a scene: how many objects, or where one is from the other."""
+    truth = {"concept": scene.a, "style": scene.style, "relation": scene.relation}
+    if scene.relation in ("two", "three"):
+        question = f"how many {plural(scene.a)}"
+        return _ask(scene.ref, question, f" {scene.relation}", task="count", **truth)
+    # asked from either object, so that the word order of the question gives nothing away
+    flip = scene.jitter % 2 == 1
+    one, two = (scene.b, scene.a) if flip else (scene.a, scene.b)
+    answer = {"left": (" left", " right"), "above": (" above", " below")}[scene.relation][flip]
+    return _ask(scene.ref, f"where is the {one} from the {two}", answer, task="relation", **truth)
+
+
+def dialogues(world: World, split: str) -> list[dict]:
+    """Rows of questions about a picture, and of requests for one. Held-out rows ask about held-out
+    renderings and held-out scenes."""
     rows = []
-    for r in pairs(world, split):
-        ref, name, style = "ref:" + r["parts"][r["task"] == "draw"]["picture"], r["concept"], r["style"]
-        truth = {"concept": name, "style": style}
-        if r["task"] == "draw":
-            rows.append(row("dialogues", [f"User: show me {caption(name, style)}.\nAssistant:", f" Here is {name}:", ref], 1, task="show", **truth))
+    for pair in pairs(world, split):
+        name, style = pair["concept"], pair["style"]
+        ref, truth = pair["parts"][pair["task"] == "draw"]["picture"], {"concept": name, "style": style}
+        if pair["task"] == "draw":
+            request = f"User: show me {caption(name, style)}.\nAssistant:"
+            parts = [request, f" Here is {name}:", f"ref:{ref}"]
+            rows.append(row("dialogues", parts, 1, task="show", **truth))
         else:
-            rows.append(row("dialogues", ["User: ", ref, " what is this?\nAssistant:", f" {name}"], 3, task="what", answer=f" {name}", **truth))
-            answer = f" {STYLES[style]}"
-            rows.append(row("dialogues", ["User: ", ref, " which style is this?\nAssistant:", answer], 3, task="style", answer=answer, **truth))
-    for scene in scene_list(world, split):
-        truth = {"concept": scene.a, "style": scene.style, "relation": scene.relation}
-        if scene.relation in ("two", "three"):
-            answer = f" {scene.relation}"
-            question, task = f" how many {plural(scene.a)}?\nAssistant:", "count"
-        else:  # asked from either object, so that the word order of the question gives nothing away
-            flip = scene.jitter % 2 == 1
-            one, two = (scene.b, scene.a) if flip else (scene.a, scene.b)
-            answer = {("left", False): " left", ("left", True): " right", ("above", False): " above", ("above", True): " below"}[scene.relation, flip]
-            question, task = f" where is the {one} from the {two}?\nAssistant:", "relation"
-        rows.append(row("dialogues", ["User: ", f"ref:{scene.ref}", question, answer], 3, task=task, answer=answer, **truth))
-    return rows
+            rows.append(_ask(ref, "what is this", f" {name}", task="what", **truth))
+            rows.append(_ask(ref, "which style is this", f" {STYLES[style]}", task="style", **truth))
+    return rows + [_ask_scene(scene) for scene in scene_list(world, split)]
 
 # %% ../../nbs/01_data.ipynb #199910bf
-def edits(world, split, seed=0):
-    """One picture and a wished style -> the same concept in that style, announced by its caption. The target is of `split`, the source always a training picture."""
+def edits(world: World, split: str, seed: int = 0) -> list[dict]:
+    """Rows of a picture and a requested style -> the same concept in that style, after its
+    caption. The target is of `split`, the source is always a training picture."""
     rng, rows = random.Random(seed), []
     for concept in world.concepts:
         for style in STYLES:
             others = [s for s in STYLES if s != style and world.split_of(concept["key"], s) == "train"]
             if not others or world.split_of(concept["key"], style) != split:
                 continue
-            source = rng.choice(others)
-            rows.append(row("edits", ["User: ", f"ref:{source}/{concept['key']}", f" draw this in {STYLES[style]} style.\nAssistant:",
-                                      f" {caption(concept['name'], style)}:", f"ref:{style}/{concept['key']}"], 3,
-                            task="edit", concept=concept["name"], style=style))
+            source, key = rng.choice(others), concept["key"]
+            request = f" draw this in {STYLES[style]} style.\nAssistant:"
+            parts = ["User: ", f"ref:{source}/{key}", request,
+                     f" {caption(concept['name'], style)}:", f"ref:{style}/{key}"]
+            rows.append(row("edits", parts, 3, task="edit", concept=concept["name"], style=style))
     return rows
 
 # %% ../../nbs/01_data.ipynb #0fef862b
-def scenes(world, split):
-    """A phrase that says what stands where -> the scene."""
-    return [row("scenes", [f"{scene.caption}:", f"ref:{scene.ref}"], 1, task="scene", concept=f"{scene.a}|{scene.b}", style=scene.style,
-                relation=scene.relation) for scene in scene_list(world, split)]
+def _scene_truth(scene: Scene) -> dict[str, str]:
+    return {"concept": f"{scene.a}|{scene.b}", "style": scene.style, "relation": scene.relation}
 
 
-def subjects(world, split):
-    """One object alone and a wished setting -> the object in that setting (beside another, or twice, or three times)."""
+def scenes(world: World, split: str) -> list[dict]:
+    """Rows of a phrase that says what is where -> the scene."""
+    return [row("scenes", [f"{scene.caption}:", f"ref:{scene.ref}"], 1, task="scene",
+                **_scene_truth(scene)) for scene in scene_list(world, split)]
+
+
+def subjects(world: World, split: str) -> list[dict]:
+    """Rows of one object alone and a requested setting -> the object in that setting: beside
+    another object, twice, or three times."""
     rows = []
     for scene in scene_list(world, split):
-        key = world.by_name[scene.a]["key"]
-        setting = {"two": "two of this", "three": "three of this", "left": f"this to the left of {article(scene.b)}",
-                   "above": f"this above {article(scene.b)}"}[scene.relation]
-        parts = ["User: ", f"ref:{scene.style}/{key}", f" draw {setting}.\nAssistant:", f" {scene.phrase}:", f"ref:{scene.ref}"]
-        rows.append(row("subjects", parts, 3, task="subject", concept=f"{scene.a}|{scene.b}", style=scene.style, relation=scene.relation))
+        other = article(scene.b)
+        setting = {"two": "two of this", "three": "three of this",
+                   "left": f"this to the left of {other}",
+                   "above": f"this above {other}"}[scene.relation]
+        parts = ["User: ", f"ref:{scene.style}/{world.by_name[scene.a]['key']}",
+                 f" draw {setting}.\nAssistant:", f" {scene.phrase}:", f"ref:{scene.ref}"]
+        rows.append(row("subjects", parts, 3, task="subject", **_scene_truth(scene)))
     return rows
 
 # %% ../../nbs/01_data.ipynb #66ce5642
-def load(kind, split="train", world=None):
-    """A `datasets.Dataset` of recipes of one kind: `pairs`, `articles`, `dialogues`, `edits`, `subjects` or `scenes`.
+def load(kind: str, split: str = "train", world: World | None = None) -> "datasets.Dataset":
+    """A `datasets.Dataset` of recipes (see `row`) of one kind; `to_document` turns a row into a
+    `Document`.
 
-    `split`: `train`, `held_out_renderings`, `held_out_concepts` or (pairs only) `held_out_style`. Scenes and what is made of them (subjects, the dialogues
-    on count and relation) and articles are held out once, by couple and by class: both held-out splits give the same ones. `to_document` turns a row
-    into a `Document`."""
+    `kind`: `pairs`, `articles`, `dialogues`, `edits`, `subjects` or `scenes`. `split`: `train`,
+    `held_out_renderings`, `held_out_concepts` or (pairs only) `held_out_style`. Scenes and what
+    is made of them (subjects, the dialogues on count and relation) are held out by couple,
+    articles by class: both held-out splits give the same ones. Raises `ValueError` for another
+    kind or split, and if there are no documents."""
+    import datasets  # here, because it takes seconds to load, and only this function needs it
+
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
-    splits = ("train", "held_out_renderings", "held_out_concepts") + (("held_out_style",) if kind == "pairs" else ())
+    splits = ["train", "held_out_renderings", "held_out_concepts"]
+    splits += ["held_out_style"] if kind == "pairs" else []
     if split not in splits:
         raise ValueError(f"{kind} has no split {split!r}; choose one of {', '.join(splits)}")
     rows = globals()[kind](world or World(), split)
@@ -168,7 +212,7 @@ def load(kind, split="train", world=None):
     return datasets.Dataset.from_list(rows)
 
 
-def to_document(row, world):
-    """The `Document` of a recipe, with its pictures drawn."""
+def to_document(row: dict, world: World) -> Document:
+    """The `Document` of a recipe (see `row`), with its pictures drawn."""
     parts = [world.picture(p["picture"]) if p["picture"] else p["text"] for p in row["parts"]]
     return Document(parts, given=row["given"], name=f"{row['kind']}: {row['concept']}")
