@@ -4,6 +4,8 @@
 __all__ = ['train_judge', 'PARTS', 'NEEDS', 'pretrain_tokenizer', 'pretrain_vae', 'last_states', 'tune_vision', 'pretrain_clip', 'caption_states', 'latent_moments', 'pretrain_unet', 'pretrain_perceptor', 'perceptual_distance', 'redrawn_latents', 'plain_vae', 'pretrain_decoder', 'pretrain_language', 'keep_record', 'pretrain']
 
 # %% ../nbs/11_evaluation.ipynb #25816d7e
+from pathlib import Path
+
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -15,17 +17,22 @@ from .parts.vision import augment
 from .training.fit import fit
 
 # %% ../nbs/11_evaluation.ipynb #c7350449
-def train_judge(out, runs, steps=3000, batch=128, seed=0, progress=True):
-    """Train on real drawings, whole and as small as scenes show them."""
+def train_judge(out: Path, runs: Path, steps: int = 3000, batch: int = 128, seed: int = 0,
+                progress: bool = True) -> list[dict]:
+    """Train the judge on real drawings, whole and as small as scenes show them.
+
+    Writes `out/judge`; the resumable state lies in `runs/judge`. Returns one row of losses per step.
+    The loss is the cross-entropy of the concept plus half the cross-entropy of the style."""
     pixels, concepts, styles, held = judge_data(World())
-    ours = (~held).nonzero().squeeze(1)
+    train_indices = (~held).nonzero().squeeze(1)
     torch.manual_seed(seed)
     judge = Judge(concepts.max().item() + 1).to(memory_format=torch.channels_last)
 
     def loss_of_step(model, step, generator):
-        i = ours[torch.randint(len(ours), (batch,), generator=generator)]
-        tinted = torch.rand(batch, generator=generator) < 0.5  # the others keep their palette, by which a designer is known
-        x = augment(pixels[i].float() / 127.5 - 1, generator, scale=0.25, shift=0.2, tint=0.15 * tinted.view(-1, 1, 1, 1))
+        i = train_indices[torch.randint(len(train_indices), (batch,), generator=generator)]
+        tinted = torch.rand(batch, generator=generator) < 0.5  # the others keep their palette: it identifies the designer
+        x = augment(pixels[i].float() / 127.5 - 1, generator, scale=0.25, shift=0.2,
+                    tint=0.15 * tinted.view(-1, 1, 1, 1))
         coarse = F.interpolate(F.interpolate(x, 30, mode="area"), 64, mode="bilinear")
         blurred = F.interpolate(F.interpolate(x, 20, mode="area"), 64, mode="bilinear")
         coin = torch.rand(batch, 1, 1, 1, generator=generator)
@@ -37,7 +44,8 @@ def train_judge(out, runs, steps=3000, batch=128, seed=0, progress=True):
 
     judge, history = fit(judge, loss_of_step, steps, 3e-3, folder=runs / "judge", seed=seed, weight_decay=0.05, progress=progress,
                          description="judge")
-    state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in judge.state_dict().items()}  # safetensors refuses channels_last
+    state = {name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()  # safetensors refuses channels_last
+             for name, tensor in judge.state_dict().items()}
     write_folder(out / "judge", lambda folder: save_file(state, folder / "model.safetensors"))
     return history
 
