@@ -17,14 +17,17 @@ Scores = dict[str, Interval]  # by the name of the metric
 
 
 def interval(values: Iterable[Any], seed: int = 0, rounds: int = 2000) -> Interval:
-    """Mean of `values` with its bootstrap 95 % interval (Efron 1979): `{"value", "low", "high", "n"}`, all None for no values.
+    """Mean of `values` with its bootstrap 95 % interval (Efron 1979): `{"value", "low", "high",
+    "n"}`, all None for no values.
 
-    `values`: numbers, truth values, or lists of them. A list (the verdicts on one article, say) is resampled as a whole,
-    because its members tend to be right or wrong together; `n` counts the members. `rounds`: number of resamples.
+    `values`: numbers, truth values, or lists of them. A list (the verdicts on one article, say) is
+    resampled as a whole, because its members tend to be right or wrong together; `n` counts the
+    members. `rounds`: number of resamples.
 
-    If all truth values are equal, every resample is equal too, and the bootstrap interval has no width. Then the far end is
-    the exact one: the share at which so many equal draws happen once in forty (Clopper and Pearson 1934). A list counts as
-    one draw there, which makes the interval wider, never narrower."""
+    If all truth values are equal, every resample is equal too, and the bootstrap interval has no
+    width. Then the far end is the exact one: the share at which so many equal draws happen once in
+    forty (Clopper and Pearson 1934). A list counts as one draw there, which makes the interval
+    wider, never narrower."""
     groups = [group for group in map(np.atleast_1d, values) if len(group)]
     if not groups:
         return {"value": None, "low": None, "high": None, "n": 0}
@@ -40,8 +43,9 @@ def interval(values: Iterable[Any], seed: int = 0, rounds: int = 2000) -> Interv
 def by_topic(topics: Iterable[Hashable], verdicts: Iterable[Sequence[bool]]) -> Interval:
     """`interval` over articles, where all articles about one topic are resampled as one group.
 
-    `topics`: the topic of each article; `verdicts`: a list of truth values for each article. Articles about one topic
-    (the same class in another style, say) tend to be right or wrong together."""
+    `topics`: the topic of each article; `verdicts`: a list of truth values for each article.
+    Articles about one topic (the same class in another style, say) tend to be right or wrong
+    together."""
     groups = {}
     for topic, of_article in zip(topics, verdicts):
         groups.setdefault(topic, []).extend(of_article)

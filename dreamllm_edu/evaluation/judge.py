@@ -42,7 +42,8 @@ class Judge(nn.Module):
     """A small residual network with a head for the concept and a head for the style.
 
     `concepts`, `styles`: number of classes of each head; `widths`: channels of the four blocks.
-    Pictures float32 [B, 3, 64, 64] in [-1, 1] -> concept logits [B, concepts], style logits [B, styles]."""
+    Pictures float32 [B, 3, 64, 64] in [-1, 1] -> concept logits [B, concepts], style logits [B,
+    styles]."""
     def __init__(self, concepts: int, styles: int = 5, widths: Sequence[int] = (32, 64, 128, 144)):
         super().__init__()
         inputs = (widths[0], *widths[:-1])
@@ -64,10 +65,12 @@ JUDGE_STYLES = [*STYLES, "emojitwo"]
 
 def judge_data(world: World, held_share: int = 20
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All real drawings in `JUDGE_STYLES`, with their labels and with the judge's own test set of styles marked.
+    """All real drawings in `JUDGE_STYLES`, with their labels and with the judge's own test set of
+    styles marked.
 
-    Returns pictures uint8 [n, 3, 64, 64] in 0..255, concept labels int64 [n], style labels int64 [n] (places in `JUDGE_STYLES`),
-    and a bool mask [n]: True for the one in `held_share` pictures that the judge does not learn from."""
+    Returns pictures uint8 [n, 3, 64, 64] in 0..255, concept labels int64 [n], style labels int64
+    [n] (places in `JUDGE_STYLES`), and a bool mask [n]: True for the one in `held_share` pictures
+    that the judge does not learn from."""
     pixels, concepts, styles = [], [], []
     for c, concept in enumerate(world.concepts):
         for style in JUDGE_STYLES:
@@ -91,13 +94,15 @@ def load_judge(folder: Path | str) -> Judge:
         judge.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
                                for name, tensor in state.items()})
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of the judge ({error}); train it again or reinstall the package") from error
+        raise ValueError(f"{path} is not a checkpoint of the judge ({error}); "
+                         "train it again or reinstall the package") from error
     return judge.eval()
 
 # %% ../../nbs/11_evaluation.ipynb #bb8d5da8
 @torch.no_grad()
 def judge_pictures(judge: Judge, pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of n PIL pictures: concepts float32 [n, concepts], styles float32 [n, styles]."""
+    """Log-probabilities of n PIL pictures: concepts float32 [n, concepts], styles float32 [n,
+    styles]."""
     x = torch.stack([picture_tensor(p, 64) for p in pictures]) if len(pictures) else torch.empty(0, 3, 64, 64)
     logits = [judge(batch) for batch in x.split(64)]
     return tuple(torch.cat([pair[head] for pair in logits]).log_softmax(-1) for head in (0, 1))

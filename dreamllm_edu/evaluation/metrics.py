@@ -33,9 +33,11 @@ Prompt = tuple[str, str]  # (concept name, key of the style)
 
 
 def score_creation(judge: Judge, world: World, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-    """The judge's verdicts on `pictures`, one for each of `prompts`: `concept_top1`, `concept_top5`, `style_top1`, with intervals.
+    """The judge's verdicts on `pictures`, one for each of `prompts`: `concept_top1`,
+    `concept_top5`, `style_top1`, with intervals.
 
-    The style of a prompt is judged only if it is one of `JUDGE_STYLES`; `style_top1` has `n` 0 if none is."""
+    The style of a prompt is judged only if it is one of `JUDGE_STYLES`; `style_top1` has `n` 0 if
+    none is."""
     index = {c["name"]: i for i, c in enumerate(world.concepts)}
     concepts, styles = judge_pictures(judge, pictures)
     best = concepts.topk(5).indices.tolist()
@@ -53,7 +55,8 @@ def real_pictures(world: World, prompts: Sequence[Prompt]) -> list[Image.Image]:
 
 # %% ../../nbs/11_evaluation.ipynb #0604d37d
 def sample_prompts(world: World, split: str, n: int, seed: int = 0) -> list[Prompt]:
-    """`n` random prompts (concept name, style) of a split, or all if there are fewer. The same seed gives the same prompts."""
+    """`n` random prompts (concept name, style) of a split, or all if there are fewer. The same seed
+    gives the same prompts."""
     prompts = [(c["name"], style) for c in world.concepts for style in STYLES
                if world.split_of(c["key"], style) == split]
     return random.Random(f"{split}{seed}").sample(prompts, min(n, len(prompts)))
@@ -62,8 +65,9 @@ def sample_prompts(world: World, split: str, n: int, seed: int = 0) -> list[Prom
 @torch.no_grad()
 def nearest_training_pictures(clip: CLIPModel, processor: ProcessorMixin, world: World, prompts: Sequence[Prompt]
                               ) -> list[Image.Image]:
-    """Retrieval as a baseline, without any drawing: for each prompt, the training picture whose caption is nearest in CLIP's
-    text space (cosine similarity). Only `processor.tokenizer` is used."""
+    """Retrieval as a baseline, without any drawing: for each prompt, the training picture whose
+    caption is nearest in CLIP's text space (cosine similarity). Only `processor.tokenizer` is
+    used."""
     rows = [r for r in pairs(world, "train") if r["task"] == "draw"]
     def embed(texts):
         ids, mask = caption_ids(processor.tokenizer, texts)
@@ -78,20 +82,24 @@ def draw(model: PreTrainedModel, processor: ProcessorMixin, texts: Sequence[str]
          ) -> list[Image.Image]:
     """One picture for each text, drawn for the document [text + ":", `<dream>`].
 
-    `model`: any model whose `generate` continues documents. `options` go to `generate`; `batch`: documents at once."""
+    `model`: any model whose `generate` continues documents. `options` go to `generate`; `batch`:
+    documents at once."""
     pictures = []
     for start in range(0, len(texts), batch):
         documents = [Document([f"{text}:", Dream()]) for text in texts[start:start + batch]]
-        pictures += [d.pictures[-1] for d in model.generate(documents, processor, max_new_tokens=0, **{"seed": start, **options})]
+        drawn = model.generate(documents, processor, max_new_tokens=0, **{"seed": start, **options})
+        pictures += [document.pictures[-1] for document in drawn]
     return pictures
 
 # %% ../../nbs/11_evaluation.ipynb #fb2513da
 @torch.no_grad()
 def draw_from_text_encoder(model: PreTrainedModel, clip: CLIPModel, processor: ProcessorMixin, texts: Sequence[str],
                            batch: int = 50, seed: int = 0, **options) -> list[Image.Image]:
-    """Baseline: the same U-Net, prompted by the CLIP text encoder that it was trained with, as Stable Diffusion is.
+    """Baseline: the same U-Net, prompted by the CLIP text encoder that it was trained with, as
+    Stable Diffusion is.
 
-    `model` needs `unet`, `vae` and `scheduler` only; `processor` its `tokenizer`. `options` go to `sample_latents`."""
+    `model` needs `unet`, `vae` and `scheduler` only; `processor` its `tokenizer`. `options` go to
+    `sample_latents`."""
     def states(captions):
         ids, mask = (x.to(clip.device) for x in caption_ids(processor.tokenizer, captions))
         return clip.text_model(input_ids=ids, attention_mask=mask).last_hidden_state.to(model.unet.device)
@@ -105,7 +113,8 @@ def draw_from_text_encoder(model: PreTrainedModel, clip: CLIPModel, processor: P
 # %% ../../nbs/11_evaluation.ipynb #38f1fa03
 @torch.no_grad()
 def through_vae(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """`pictures` encoded and decoded: what the latents keep of them. This is the ceiling of every drawing made in these latents."""
+    """`pictures` encoded and decoded: what the latents keep of them. This is the ceiling of every
+    drawing made in these latents."""
     restored = []
     for x in torch.stack([picture_tensor(p, 64) for p in pictures]).split(64):
         latents = vae.encode(x.to(vae.device)).latent_dist.mean  # [n, Z, 8, 8]
@@ -118,14 +127,18 @@ HALVES = {"left": ((0, 16), (32, 16)), "above": ((16, 0), (16, 32))}  # upper le
 
 
 def score_scenes(judge: Judge, world: World, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Scores:
-    """The judge's verdicts on `pictures`, each of which should show one of `scenes` of two different things.
+    """The judge's verdicts on `pictures`, each of which should show one of `scenes` of two
+    different things.
 
-    `both_concepts`: each thing is the likeliest in its half, among the things that scenes are made of. `relation`: of the
-    four arrangements of the two things, the prompted one is the likeliest (chance is 1/4)."""
+    `both_concepts`: each thing is the likeliest in its half, among the things that scenes are made
+    of. `relation`: of the four arrangements of the two things, the prompted one is the likeliest
+    (chance is 1/4)."""
     index = {c["name"]: i for i, c in enumerate(world.concepts)}
     scene_concepts = [index[name] for name in SCENE_NAMES]
-    crops = [p.resize((64, 64)).crop((x, y, x + 32, y + 32)) for p in pictures for pair in HALVES.values() for x, y in pair]
-    log_probs = rearrange(judge_pictures(judge, crops)[0], "(n axis half) k -> n axis half k", axis=2, half=2)
+    crops = [p.resize((64, 64)).crop((x, y, x + 32, y + 32))
+             for p in pictures for pair in HALVES.values() for x, y in pair]
+    log_probs = rearrange(judge_pictures(judge, crops)[0],
+                          "(n direction half) k -> n direction half k", direction=2, half=2)
     axes, both, relation = list(HALVES), [], []
     for scores, scene in zip(log_probs, scenes):
         a, b = index[scene.a], index[scene.b]
@@ -141,7 +154,8 @@ def score_scenes(judge: Judge, world: World, pictures: Sequence[Image.Image], sc
 # %% ../../nbs/11_evaluation.ipynb #65d0754d
 def answers(model: PreTrainedModel, processor: ProcessorMixin, recipes: Sequence[dict], world: World,
             max_new_tokens: int = 16, batch: int = 64) -> list[str]:
-    """The model's greedy answer to each row of `recipes`: everything but the row's last part is the prompt."""
+    """The model's greedy answer to each row of `recipes`: everything but the row's last part is the
+    prompt."""
     texts = []
     for start in range(0, len(recipes), batch):
         documents = [to_document(r, world) for r in recipes[start:start + batch]]
@@ -152,7 +166,8 @@ def answers(model: PreTrainedModel, processor: ProcessorMixin, recipes: Sequence
 
 # %% ../../nbs/11_evaluation.ipynb #2c0174e4
 def sample_rows(rows: Sequence[dict], n: int, task: str | None = None, seed: int = 0) -> list[dict]:
-    """`n` random rows of one task (None: of any), or all if there are fewer. The same seed gives the same rows."""
+    """`n` random rows of one task (None: of any), or all if there are fewer. The same seed gives
+    the same rows."""
     rows = [r for r in rows if task in (None, r["task"])]
     return random.Random(seed).sample(rows, min(n, len(rows)))
 
@@ -167,9 +182,9 @@ def score_layout(model: PreTrainedModel, processor: ProcessorMixin, world: World
                  ) -> dict[str, float | int | dict[str, Interval]]:
     """Does the model predict `<dream>` where held-out articles have a picture, and only there?
 
-    Teacher-forced on `n` articles: at every text position, is `<dream_start>` the likeliest next token? Returns `precision`,
-    `recall`, `f1`, the number `n` of true pictures, and `interval`: the interval of each, where all articles about one
-    class are resampled together."""
+    Teacher-forced on `n` articles: at every text position, is `<dream_start>` the likeliest next
+    token? Returns `precision`, `recall`, `f1`, the number `n` of true pictures, and `interval`: the
+    interval of each, where all articles about one class are resampled together."""
     layout, topics, verdicts = processor.layout, [], {"precision": [], "recall": [], "f1": []}
     for r in sample_rows(articles(world, "held_out_renderings"), n):
         batch = processor(to_document(r, world)).to(model.device)
@@ -178,9 +193,10 @@ def score_layout(model: PreTrainedModel, processor: ProcessorMixin, world: World
         true = (label == layout.id["<dream_start>"])[label != -100]
         predicted = (choice == layout.id["<dream_start>"])[label != -100]
         topics.append(r["concept"])
-        is_true, is_predicted = true[predicted].tolist(), predicted[true].tolist()  # of each prediction, of each true position
-        for key, hits in (("precision", is_true), ("recall", is_predicted), ("f1", is_true + is_predicted)):
-            verdicts[key].append(hits)
+        right_predictions, found_positions = true[predicted].tolist(), predicted[true].tolist()
+        verdicts["precision"].append(right_predictions)
+        verdicts["recall"].append(found_positions)
+        verdicts["f1"].append(right_predictions + found_positions)
     intervals = {key: by_topic(topics, hits) for key, hits in verdicts.items()}
     means = {key: found["value"] or 0.0 for key, found in intervals.items()}
     return {**means, "n": intervals["recall"]["n"], "interval": intervals}

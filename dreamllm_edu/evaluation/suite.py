@@ -33,9 +33,11 @@ from ..parts.vision import clip_normalize
 
 # %% ../../nbs/11_evaluation.ipynb #3717e53d
 def things_named(document: Document) -> list[tuple[str, bool]]:
-    """The things that the model names in an article ("Name: what it is."), as (lower-case name, is it illustrated?).
+    """The things that the model names in an article ("Name: what it is."), as (lower-case name, is
+    it illustrated?).
 
-    A thing is illustrated if a picture follows before the next thing is named. Only parts after `document.given` count."""
+    A thing is illustrated if a picture follows before the next thing is named. Only parts after
+    `document.given` count."""
     own, things = document.parts[document.given:], []
     for part, following in zip(own, [*own[1:], None]):
         names = re.findall(r"(?:^|\.)\s*([^.:]+):\s", part) if isinstance(part, str) else []
@@ -55,12 +57,14 @@ def members_of_classes(world: World) -> dict[str, set[str]]:
 
 def measure_articles(model: PreTrainedModel, processor: ProcessorMixin, world: World, n: int = 40, **options
                      ) -> dict[str, Scores]:
-    """Articles that the model continues from their first sentence, about classes seen in training and held-out classes.
+    """Articles that the model continues from their first sentence, about classes seen in training
+    and held-out classes.
 
-    Of the things named: the share that is `illustrated` and the share that `belongs` to the class. Of the articles: the share
-    that names no thing twice (`distinct`). Greedy decoding, at most three pictures and 250 new tokens, which is enough for
-    every article to end. Articles about one class are resampled together, because an article about the same class in another
-    style is hardly new evidence. `options` go to `generate`."""
+    Of the things named: the share that is `illustrated` and the share that `belongs` to the class.
+    Of the articles: the share that names no thing twice (`distinct`). Greedy decoding, at most
+    three pictures and 250 new tokens, which is enough for every article to end. Articles about one
+    class are resampled together, because an article about the same class in another style is hardly
+    new evidence. `options` go to `generate`."""
     classes, out = members_of_classes(world), {}
     for key, split in (("seen", "train"), ("held_out", "held_out_renderings")):
         rows = sample_rows([r for r in articles(world, split) if len(r["parts"]) == 7], n)
@@ -69,7 +73,8 @@ def measure_articles(model: PreTrainedModel, processor: ProcessorMixin, world: W
         topics, things = [r["concept"] for r in rows], [things_named(d) for d in written]
         names = [[name for name, _ in named] for named in things]
         out[key] = {"illustrated": by_topic(topics, [[illustrated for _, illustrated in named] for named in things]),
-                    "belongs": by_topic(topics, [[name in classes[t] for name in own] for t, own in zip(topics, names)]),
+                    "belongs": by_topic(topics, [[name in classes[topic] for name in own]
+                                                 for topic, own in zip(topics, names)]),
                     "distinct": by_topic(topics, [[len(set(own)) == len(own)] for own in names])}
     return out
 
@@ -78,8 +83,8 @@ def measure_comprehension(model: PreTrainedModel, processor: ProcessorMixin, wor
                           ) -> dict[str, Scores]:
     """Captions and visual questions, greedy answers to `n` rows of each kind.
 
-    `caption_top1`: the caption names exactly the right concept (the style is not compared). `vqa`: the answer is exactly the
-    right one, for questions about style, count and relation."""
+    `caption_top1`: the caption names exactly the right concept (the style is not compared). `vqa`:
+    the answer is exactly the right one, for questions about style, count and relation."""
     out = {"caption_top1": {}, "vqa": {}}
     for key, split in (("seen", "train"), ("held_out_renderings", "held_out_renderings")):
         rows = sample_rows(pairs(world, split), n, "caption")
@@ -107,8 +112,9 @@ def picture_embeds(clip: CLIPModel, pictures: Sequence[Image.Image]) -> torch.Te
 def measure_naming(clip: CLIPModel, judge: Judge, world: World, n: int = 150) -> dict[str, Scores]:
     """How well other systems recognise unseen drawings.
 
-    `baseline_nearest`: concept and style of the training picture whose CLIP embedding is nearest, on the held-out renderings
-    that `measure_comprehension` asks captions of. `ceiling_judge`: the judge, on the real drawings kept from it."""
+    `baseline_nearest`: concept and style of the training picture whose CLIP embedding is nearest,
+    on the held-out renderings that `measure_comprehension` asks captions of. `ceiling_judge`: the
+    judge, on the real drawings kept from it."""
     train_rows = [r for r in pairs(world, "train") if r["task"] == "caption"]
     rows = sample_rows(pairs(world, "held_out_renderings"), n, "caption")
     queries, keys = (picture_embeds(clip, [world.picture(r["parts"][0]["picture"]) for r in some])
@@ -129,9 +135,11 @@ SPLITS = (("seen", "train"), ("held_out_renderings", "held_out_renderings"),
 
 def measure_creation(model: PreTrainedModel, processor: ProcessorMixin, judge: Judge, world: World, n: int = 150,
                      **options) -> dict[str, Any]:
-    """The judge's verdicts on `n` drawings of each split, and on the same drawings for shuffled prompts (negative control).
+    """The judge's verdicts on `n` drawings of each split, and on the same drawings for shuffled
+    prompts (negative control).
 
-    Returns scores by split, and under `baseline_shuffled` the control's scores by split. `options` go to `draw`."""
+    Returns scores by split, and under `baseline_shuffled` the control's scores by split. `options`
+    go to `draw`."""
     out, shuffled = {}, {}
     for key, split in SPLITS:
         prompts = sample_prompts(world, split, n)
@@ -145,9 +153,9 @@ def measure_creation(model: PreTrainedModel, processor: ProcessorMixin, judge: J
 def measure_out_of_distribution(judge: Judge, world: World, n: int = 150) -> dict[str, Scores]:
     """How well the judge generalises to real drawings that are new to it, by split.
 
-    Concepts: on out-of-distribution drawings, by two designers that the judge never saw (Noto v1, FxEmoji), of the concepts
-    that the split's prompts name. Styles: on the drawings kept from the judge, because it has no name for the styles of these
-    two designers."""
+    Concepts: on out-of-distribution drawings, by two designers that the judge never saw (Noto v1,
+    FxEmoji), of the concepts that the split's prompts name. Styles: on the drawings kept from the
+    judge, because it has no name for the styles of these two designers."""
     pixels, concepts, styles, held = judge_data(world)
     concepts, styles = concepts[held].tolist(), styles[held].tolist()
     predicted = torch.cat([judge(x.float() / 127.5 - 1)[1].argmax(-1) for x in pixels[held].split(64)]).tolist()
@@ -167,8 +175,9 @@ def measure_baselines(model: PreTrainedModel, clip: CLIPModel, processor: Proces
                       n: int = 150) -> dict[str, dict[str, Scores]]:
     """The scores by split of four systems to compare `measure_creation` with.
 
-    `baseline_text_encoder`: the U-Net prompted by CLIP's text encoder; `baseline_nearest`: the nearest training picture;
-    `ceiling_vae`: the real pictures through the VAE; `ceiling_real`: the judge on real drawings that are new to it."""
+    `baseline_text_encoder`: the U-Net prompted by CLIP's text encoder; `baseline_nearest`: the
+    nearest training picture; `ceiling_vae`: the real pictures through the VAE; `ceiling_real`: the
+    judge on real drawings that are new to it."""
     text, near, kept = {}, {}, {}
     for key, split in SPLITS:
         prompts = sample_prompts(world, split, n)
@@ -184,9 +193,10 @@ def measure_tasks(model: PreTrainedModel, processor: ProcessorMixin, judge: Judg
                   **options) -> dict[str, dict]:
     """Scores of `n` edits and `n` scenes, each prompted as a document.
 
-    `editing`: half of the target pictures are training pictures, half are held out; scored together, each half alone, and a
-    baseline that returns the source unchanged (right concept, wrong style). `scenes`: drawings of held-out couples, beside
-    the real scenes (`ceiling_real`). `options` go to `generate`."""
+    `editing`: half of the target pictures are training pictures, half are held out; scored
+    together, each half alone, and a baseline that returns the source unchanged (right concept,
+    wrong style). `scenes`: drawings of held-out couples, beside the real scenes (`ceiling_real`).
+    `options` go to `generate`."""
     halves = {"seen": sample_rows(edits(world, "train"), n // 2),
               "held_out_renderings": sample_rows(edits(world, "held_out_renderings"), n - n // 2)}
     edited = score_edits(model, processor, judge, world, halves, **options)
@@ -199,8 +209,8 @@ def measure_tasks(model: PreTrainedModel, processor: ProcessorMixin, judge: Judg
 
 def score_edits(model: PreTrainedModel, processor: ProcessorMixin, judge: Judge, world: World,
                 halves: dict[str, Sequence[dict]], **options) -> dict[str, Any]:
-    """The judge's verdicts on edits: on all rows of `halves` together, on each half, and on the unchanged source pictures
-    (`baseline_source`). `options` go to `edit`."""
+    """The judge's verdicts on edits: on all rows of `halves` together, on each half, and on the
+    unchanged source pictures (`baseline_source`). `options` go to `edit`."""
     rows = [r for half in halves.values() for r in half]
     requests = [Document(to_document(r, world).parts[:3], 3) for r in rows]  # without the concept's name
     pictures, targets = edit(model, processor, requests, **options), [(r["concept"], r["style"]) for r in rows]
@@ -213,11 +223,12 @@ def score_edits(model: PreTrainedModel, processor: ProcessorMixin, judge: Judge,
     return {**scores, "baseline_source": score_creation(judge, world, sources, targets)}
 
 
-def edit(model: PreTrainedModel, processor: ProcessorMixin, requests: Sequence[Document], **options) -> list[Image.Image]:
+def edit(model: PreTrainedModel, processor: ProcessorMixin, requests: Sequence[Document], **options
+         ) -> list[Image.Image]:
     """One picture for each request (a document with a source picture and an instruction).
 
-    The model answers with text and may decide to draw. If it does not, a `<dream>` is appended to the request, so that it has
-    to draw. `options` go to `generate`."""
+    The model answers with text and may decide to draw. If it does not, a `<dream>` is appended to
+    the request, so that it has to draw. `options` go to `generate`."""
     generate = lambda some, **limits: model.generate(some, processor, **limits, **options)
     answered = in_batches(lambda some: generate(some, max_new_tokens=24, max_pictures=1), requests)
     drew = [len(d.pictures) > len(request.pictures) for d, request in zip(answered, requests)]
@@ -228,9 +239,11 @@ def edit(model: PreTrainedModel, processor: ProcessorMixin, requests: Sequence[D
 # %% ../../nbs/11_evaluation.ipynb #8fa8dad7
 def measure_language(model: PreTrainedModel, before: PreTrainedModel, processor: ProcessorMixin
                      ) -> dict[str, float | Interval]:
-    """Retention: the perplexity on held-out definitions of the language model `before` and of `model.language_model` after training.
+    """Retention: the perplexity on held-out definitions of the language model `before` and of
+    `model.language_model` after training.
 
-    `ratio`: after / before, with its interval. Both read the same windows, so a window that is hard for both adds no noise."""
+    `ratio`: after / before, with its interval. Both read the same windows, so a window that is hard
+    for both adds no noise."""
     lines = definition_split(read_definitions())[1]
     stream = pack([encode_text(processor.tokenizer, line) for line in lines], 1, 2)  # int64 [T]
     old, new = (window_losses(m, stream.to(m.device)) for m in (before, model.language_model))
@@ -239,6 +252,7 @@ def measure_language(model: PreTrainedModel, before: PreTrainedModel, processor:
 
 # %% ../../nbs/13_demo.ipynb #f9ac17a3
 import time
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -248,24 +262,30 @@ from .metrics import score_layout
 from ..parts.loading import load_part, parts_folder, quiet
 
 # %% ../../nbs/13_demo.ipynb #679edc7e
-def full_measure(model, processor, judge, world, n=150, progress=True, parts=None):
-    """Every metric of a trained miniature, with baselines and intervals; the keys of `metrics.json`. `parts`: the folder of the parts that it was trained
-    on, whose CLIP and language model are its baselines (the shipped ones by default)."""
+def full_measure(model: PreTrainedModel, processor: ProcessorMixin, judge: Judge, world: World, n: int = 150,
+                 progress: bool = True, parts: Path | None = None) -> tuple[dict[str, Any], dict[str, float]]:
+    """Every metric of a trained miniature, with baselines and intervals, under the keys of
+    `metrics.json`; and the seconds of each job.
+
+    `n`: drawings or answers for each metric. `parts`: the folder of the parts that the model was
+    trained on, whose CLIP and language model are its baselines (None: the shipped parts)."""
     parts = parts_folder(parts)
     with quiet():
         clip = load_part(CLIPModel, parts / "clip", dtype=torch.float32, local_files_only=True).eval()
         before = load_part(LlamaForCausalLM, parts / "language", dtype=torch.float32, local_files_only=True).eval()
     jobs = {"creation": lambda: measure_creation(model, processor, judge, world, n),
             "baselines": lambda: measure_baselines(model, clip, processor, judge, world, n),
-            "comprehension": lambda: {**measure_comprehension(model, processor, world, n), **measure_naming(clip, judge, world, n)},
+            "comprehension": lambda: {**measure_comprehension(model, processor, world, n),
+                                      **measure_naming(clip, judge, world, n)},
             "layout": lambda: score_layout(model, processor, world),
             "articles": lambda: measure_articles(model, processor, world),
             "tasks": lambda: measure_tasks(model, processor, judge, world, n),
             "language": lambda: measure_language(model, before, processor)}
-    found, seconds = {}, {}
+    scores, seconds = {}, {}
     for name, job in tqdm(jobs.items(), desc="measuring", disable=not progress):
         began = time.time()
-        found[name] = job()
+        scores[name] = job()
         seconds[name] = round(time.time() - began, 1)
-    return {"creation": {**found["creation"], **found["baselines"]}, "comprehension": found["comprehension"], "layout": found["layout"], "articles": found["articles"],
-            **found["tasks"], "language": found["language"]}, seconds
+    return {"creation": {**scores["creation"], **scores["baselines"]}, "comprehension": scores["comprehension"],
+            "layout": scores["layout"], "articles": scores["articles"], **scores["tasks"],
+            "language": scores["language"]}, seconds
