@@ -148,7 +148,7 @@ def style_losses(learner: nn.ModuleDict, image: torch.Tensor, patches: torch.Ten
     similarity = (captions @ image[..., None]).squeeze(-1)  # [n, styles]
     return F.cross_entropy(scale * similarity, style), F.cross_entropy(learner["style"](patches.mean(1)).float(), style)
 
-
+# %% ../nbs/12_pretraining.ipynb #9547d6de
 def tune_vision(model: CLIPModel, data: Captioned, pixels: torch.Tensor, tokenizer: PreTrainedTokenizerBase,
                 runs: Path, steps: int, batch: int, seed: int, progress: bool) -> list[dict]:
     """The second half of CLIP's training, in place: a new vision tower on a locked text tower.
@@ -369,7 +369,7 @@ def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     H - 1, W]."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
-
+# %% ../nbs/12_pretraining.ipynb #5277dcc9
 def pretrain_decoder(out: Path, runs: Path, steps: int = 4200, perceptor_steps: int = 1000, batch: int = 32,
                      seed: int = 0, progress: bool = True) -> list[dict]:
     """Train the VAE's decoder further with the encoder locked, so that the latents, and so the

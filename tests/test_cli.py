@@ -304,7 +304,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     monkeypatch.setattr(dreamllm_edu.training.mixture, "World", lambda: world)
     monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
     scenes = data.scene_list(world, "train")[::40]
-    monkeypatch.setattr(data, "scene_list", lambda world, split, seed=0: scenes)
+    monkeypatch.setattr(data.tasks, "scene_list", lambda world, split, seed=0: scenes)
     small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.stage.STAGES["mini"]]
     steps = [2] + [1] * (len(small) - 1)
     arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", *map(str, steps), "--seed", "4"]

@@ -30,6 +30,8 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     for key, (task, name) in RESULTS.items():
         drawings = {split: metrics["creation"][split].get(key) for split in splits}
         for split, score in metrics["comprehension"].get(key, drawings).items():
+            if score["value"] is None:  # nothing was measured
+                continue
             results.append(EvalResult(
                 task_type=task, dataset_type="dreamllm_edu", dataset_name="the miniature's world",
                 dataset_config=split, dataset_split=splits[split], metric_type="accuracy", metric_name=name,

@@ -113,7 +113,7 @@ def add_generate(command: AddCommand) -> None:
     p.add_argument("--seed", type=int, default=0, metavar="N",
                    help="seed of the random numbers: same seed, same document")
 
-
+# %% ../../nbs/14_cli.ipynb #0131390c
 def add_evaluate(command: AddCommand) -> None:
     """The command `evaluate`."""
     p = command("evaluate", "measure the miniature on held-out data, with baselines and intervals",
