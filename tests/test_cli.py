@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import dreamllm_edu.app.cli
 import dreamllm_edu.app.demo
+import dreamllm_edu.evaluation.judge
 import dreamllm_edu.evaluation.suite
 import dreamllm_edu.models.dreamllm
 import dreamllm_edu.pretraining
@@ -303,7 +304,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     monkeypatch.setattr(dreamllm_edu.training.mixture, "World", lambda: world)
     monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
     scenes = data.scene_list(world, "train")[::40]
-    monkeypatch.setattr(data, "scene_list", lambda world, split, seed=0: scenes)
+    monkeypatch.setattr(data.tasks, "scene_list", lambda world, split, seed=0: scenes)
     small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.stage.STAGES["mini"]]
     steps = [2] + [1] * (len(small) - 1)
     arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", *map(str, steps), "--seed", "4"]
@@ -355,7 +356,7 @@ def test_weights_are_measured_on_the_parts_that_they_were_trained_on(tmp_path, m
     model = mini(trained=False, parts=tmp_path / "parts4")
     save_trained(model, tmp_path / "t.safetensors")
     asked = []
-    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "load_judge", lambda folder: None)
+    monkeypatch.setattr(dreamllm_edu.evaluation.judge, "load_judge", lambda folder: None)
     monkeypatch.setattr(dreamllm_edu.evaluation.suite, "full_measure", lambda *a, parts, **k: asked.append(parts) or ({}, {}))
     command = ["evaluate", "--trained", tmp_path / "t.safetensors", "--out", tmp_path / "m.json", "--parts"]
     refused([*command, tmp_path / "parts5"], capsys, "t.safetensors was trained on other parts", "--parts")
@@ -386,14 +387,15 @@ def test_a_folder_without_parts_is_named(command, tmp_path, capsys):
 
 
 def test_ctrl_c_while_features_are_computed_says_what_is_kept(processor, world, monkeypatch):
-    from dreamllm_edu import training
+    from dreamllm_edu.training import mixture
+    from dreamllm_edu.training.stage import ALIGN
 
     def stopped(*arguments, **options):
         raise KeyboardInterrupt
-    monkeypatch.setattr(training, "FeatureCache", stopped)
-    stage = training.Stage("1-alignment", training.ALIGN, {"scenes": 1.0}, 1e-3, 1, 4)
+    monkeypatch.setattr(mixture, "FeatureCache", stopped)
+    stage = Stage("1-alignment", ALIGN, {"scenes": 1.0}, 1e-3, 1, 4)
     with pytest.raises(KeyboardInterrupt, match="features, which are not kept; run the same command again"):
-        training.train(None, processor, [stage], world)
+        mixture.train(None, processor, [stage], world)
 
 
 def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys, tmp_path):

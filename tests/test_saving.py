@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM
 
 import dreamllm_edu.app.demo
+import dreamllm_edu.evaluation.metrics
 import dreamllm_edu.evaluation.suite
 import dreamllm_edu.models.dreamllm.weights
 import dreamllm_edu.training.fit
@@ -28,6 +29,7 @@ from dreamllm_edu.files import WEIGHTS
 from dreamllm_edu.models.dreamllm.model import DreamLLM
 from dreamllm_edu.models.dreamllm.weights import check_frozen_parts, load_trained, save_trained
 from dreamllm_edu.parts.loading import load_part, quiet, weights_checksum
+from dreamllm_edu.evaluation.judge import load_judge
 from dreamllm_edu.pretraining import keep_record, plain_vae
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
 from dreamllm_edu.parts.tokenizer import read_tokenizer
@@ -299,7 +301,7 @@ def test_more_scenes_than_there_are_is_no_error(monkeypatch, world):
 def test_one_drawing_is_enough_to_measure_tasks_and_the_empty_half_says_so(monkeypatch, world):
     monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
     monkeypatch.setattr(dreamllm_edu.evaluation.suite, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
-    found = dreamllm_edu.evaluation.suite.measure_tasks(None, None, dreamllm_edu.evaluation.suite.load_judge(WEIGHTS / "mini" / "judge"), world, 1)
+    found = dreamllm_edu.evaluation.suite.measure_tasks(None, None, load_judge(WEIGHTS / "mini" / "judge"), world, 1)
     assert found["editing"]["seen"]["style_top1"] == {"value": None, "low": None, "high": None, "n": 0}
     assert found["editing"]["held_out_renderings"]["style_top1"]["n"] == found["editing"]["style_top1"]["n"] == 1
 
@@ -310,7 +312,7 @@ def test_who_hands_the_picture_back_keeps_the_thing_and_misses_the_style(monkeyp
     def verdict(judge, pictures):
         found = [known[p.tobytes()] for p in pictures]
         return tuple(F.one_hot(torch.tensor([f[k] for f in found]), n).float() for k, n in ((0, len(world.concepts)), (1, 5)))
-    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "judge_pictures", verdict)
+    monkeypatch.setattr(dreamllm_edu.evaluation.metrics, "judge_pictures", verdict)
     wanted = lambda model, processor, asked, **o: [world.picture(f"{r['style']}/{world.by_name[r['concept']]['key']}") for half in halves.values() for r in half]
     monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", wanted)
     halves = {"seen": data.edits(world, "train")[:20], "held_out_renderings": data.edits(world, "held_out_renderings")[:20]}

@@ -7,21 +7,26 @@ __all__ = ['DEMO_STEPS', 'DEMO_MIXTURES', 'quick_training', 'quick_scores', 'wri
            'dialogue_documents', 'galleries', 'everything_shown', 'peak_mb', 'demo']
 
 # %% ../../nbs/13_demo.ipynb #e958d72b
+"""The demo: learn for a few minutes, measure the shipped miniature, write a page with its documents."""
 import json
 import random
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .page import page
 from ..data.tasks import articles, caption, dialogues, edits, scene_list, to_document
 from ..data.world import World
 from ..documents.document import Document
 from ..evaluation.judge import load_judge
-from ..evaluation.metrics import draw, real_pictures, sample_rows, score_layout, sample_prompts
+from ..evaluation.metrics import draw, real_pictures, sample_prompts, sample_rows, score_layout
 from ..evaluation.suite import (
     edit, full_measure, measure_comprehension, measure_creation)
 from ..files import WEIGHTS, write_text
@@ -37,7 +42,8 @@ DEMO_MIXTURES = ({"pairs/draw": 0.7, "pairs/caption": 0.3}, {"pairs/draw": 0.75,
 
 
 def quick_training(processor, judge, world, steps=DEMO_STEPS, progress=True, n=60):
-    """The three stages, short, from the shipped parts. Returns the trained model, what it drew before and after each stage, the histories and the scores."""
+    """The three stages, short, from the shipped parts. Returns the trained model, what it drew
+    before and after each stage, the histories and the scores."""
     with quiet():
         model = mini(trained=False)
     stages = [replace(stage, mixture=mixture, batch=64, warmup=20, ema_decay=0.95) for stage, mixture in zip(STAGES["mini"], DEMO_MIXTURES)]
@@ -62,61 +68,79 @@ def quick_scores(model, processor, judge, world, n, progress=True):
     return {name: job() for name, job in tqdm(jobs.items(), desc="scores of the quick training", disable=not progress)}
 
 # %% ../../nbs/13_demo.ipynb #5b1c1a8e
-def written_documents(model, processor, world, n=6, split="held_out_renderings", **options):
-    """Articles that the model writes on its own from the first sentence of one of `split`: words, `<dream>` decisions, pictures, fed back."""
+def written_documents(model: PreTrainedModel, processor: ProcessorMixin, world: World, n: int = 6,
+                      split: str = "held_out_renderings", **options) -> list[Document]:
+    """`n` articles that the model writes from the first sentence of an article of `split`.
+
+    The model writes the text, decides where to `<dream>`, draws, and reads its own drawings.
+    `options` go to `generate`."""
     rows = sample_rows(articles(world, split), n, seed=3)
     prompts = [Document([r["parts"][0]["text"]], 1, r["concept"]) for r in rows]
     return model.generate(prompts, processor, max_new_tokens=250, max_pictures=3, **options)
 
 
-def edited_pictures(model, processor, world, n=8, split="held_out_renderings"):
-    """(source, wish, result, truth) of edits whose truth is of `split`."""
+def edited_pictures(model: PreTrainedModel, processor: ProcessorMixin, world: World, n: int = 8,
+                    split: str = "held_out_renderings") -> list[tuple[Image.Image, str, Image.Image, Image.Image]]:
+    """(source, key of the target style, the model's edit, target) of `n` edits whose target picture
+    is of `split`."""
     rows = sample_rows(edits(world, split), n, seed=4)
-    asked = [Document(to_document(r, world).parts[:3], 3) for r in rows]
-    return [(d.pictures[0], r["style"], drawn, world.picture(r["parts"][4]["picture"])) for d, drawn, r in zip(asked, edit(model, processor, asked), rows)]
+    requests = [Document(to_document(r, world).parts[:3], 3) for r in rows]
+    targets = [world.picture(r["parts"][4]["picture"]) for r in rows]
+    return [(request.pictures[0], r["style"], drawn, target)
+            for request, r, drawn, target in zip(requests, rows, edit(model, processor, requests), targets)]
 
 
-def dialogue_documents(model, processor, world, n=8):
-    """Held-out questions and wishes, answered."""
-    found = dialogues(world, "held_out_renderings")
-    rows = [r for task in ("show", "what", "style", "count", "relation") for r in sample_rows(found, 2, task, seed=5)]
-    asked = [Document([p for p in to_document(r, world).parts[:r["given"]]], r["given"]) for r in rows]
-    return model.generate(asked[:n + 2], processor, max_new_tokens=16, max_pictures=1)
+def dialogue_documents(model: PreTrainedModel, processor: ProcessorMixin, world: World, n: int = 8) -> list[Document]:
+    """The first `n` + 2 of ten held-out questions and requests for a picture, with the model's
+    answers."""
+    held_out = dialogues(world, "held_out_renderings")
+    tasks = ("show", "what", "style", "count", "relation")
+    rows = [r for task in tasks for r in sample_rows(held_out, 2, task, seed=5)]
+    prompts = [Document(to_document(r, world).parts[:r["given"]], r["given"]) for r in rows]
+    return model.generate(prompts[:n + 2], processor, max_new_tokens=16, max_pictures=1)
 
 # %% ../../nbs/13_demo.ipynb #6c36eeec
-def galleries(model, processor, world):
-    """Drawings for wishes of each split, and scenes of held-out couples."""
-    out = {}
-    for split, title in (("train", "Seen in training"), ("held_out_renderings", "Concept and style seen, but never together"), ("held_out_concepts", "Concepts never seen")):
-        texts = [caption(*w) for w in sample_prompts(world, split, 16, seed=2)]
-        out[title] = list(zip(draw(model, processor, texts), texts))
+def galleries(model: PreTrainedModel, processor: ProcessorMixin, world: World
+              ) -> dict[str, list[tuple[Image.Image, str]]]:
+    """16 drawings with their prompts for each split, and for scenes of held-out couples, by the
+    title of the gallery."""
+    titles = {"train": "Seen in training", "held_out_renderings": "Concept and style seen, but never together",
+              "held_out_concepts": "Concepts never seen"}
+    texts = {title: [caption(*prompt) for prompt in sample_prompts(world, split, 16, seed=2)]
+             for split, title in titles.items()}
     scenes = random.Random(2).sample(scene_list(world, "held_out_renderings"), 16)
-    out["Scenes never seen: other couples, other places"] = list(zip(draw(model, processor, [s.caption for s in scenes]), [s.caption for s in scenes]))
-    return out
+    texts["Scenes never seen: other couples, other places"] = [scene.caption for scene in scenes]
+    return {title: list(zip(draw(model, processor, captions), captions)) for title, captions in texts.items()}
 
 
-def everything_shown(model, processor, world, progress=True):
-    """What the page shows of the shipped model: lists and galleries under their titles."""
-    jobs = {"articles": lambda: {"About classes that training showed": written_documents(model, processor, world, 3, "train"),
-                                 "About classes that training never showed": written_documents(model, processor, world)},
-            "edits": lambda: {"Into drawings that training showed": edited_pictures(model, processor, world, 4, "train"),
-                              "Into drawings that training never showed": edited_pictures(model, processor, world)},
-            "galleries": lambda: galleries(model, processor, world), "dialogues": lambda: dialogue_documents(model, processor, world)}
+def everything_shown(model: PreTrainedModel, processor: ProcessorMixin, world: World, progress: bool = True
+                     ) -> dict[str, Any]:
+    """What the page shows of the shipped model: `articles`, `edits`, `galleries` by title, and
+    `dialogues`."""
+    given = (model, processor, world)
+    jobs = {"articles": lambda: {"About classes seen in training": written_documents(*given, 3, "train"),
+                                 "About classes never seen in training": written_documents(*given)},
+            "edits": lambda: {"Target drawings seen in training": edited_pictures(*given, 4, "train"),
+                              "Target drawings never seen in training": edited_pictures(*given)},
+            "galleries": lambda: galleries(*given), "dialogues": lambda: dialogue_documents(*given)}
     return {name: job() for name, job in tqdm(jobs.items(), desc="drawing", disable=not progress)}
 
 # %% ../../nbs/13_demo.ipynb #0249efe8
-def peak_mb():
+def peak_mb() -> int:
     """Peak resident memory of this process in MB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def demo(out="_demo", n=150, progress=True):
-    """The main job: learn for a few minutes, measure the shipped miniature, write the page. Returns the metrics, also written to `metrics.json`."""
+def demo(out: Path | str = "_demo", n: int = 150, progress: bool = True) -> dict[str, Any]:
+    """Learn for a few minutes, measure the shipped miniature on `n` drawings a metric, write
+    `index.html` and `metrics.json` into `out`.
+
+    Returns the metrics."""
     out, began, seconds = Path(out), time.time(), {}
     out.mkdir(parents=True, exist_ok=True)
     world, processor, judge = World(), mini_processor(), load_judge(WEIGHTS / "mini" / "judge")
 
-    def timed(name, job):
+    def timed(name: str, job: Callable[[], Any]) -> Any:
         start = time.time()
         print(f"{name} ...", flush=True)
         result = job()
@@ -131,7 +155,8 @@ def demo(out="_demo", n=150, progress=True):
     quick["shown"] += [draw(model, processor, quick["texts"]), real_pictures(world, quick["wishes"])]
     quick["labels"] += ["the shipped model", "the real drawing"]
     seconds.update({f"measuring.{name}": value for name, value in parts.items()}, total=round(time.time() - began, 1))
-    metrics = {"seconds": seconds, "peak_rss_mb": peak_mb(), **metrics, "quick": {"untrained": quick["untrained"], "trained": quick["trained"], "steps": list(DEMO_STEPS)}}
+    short = {"untrained": quick["untrained"], "trained": quick["trained"], "steps": list(DEMO_STEPS)}
+    metrics = {"seconds": seconds, "peak_rss_mb": peak_mb(), **metrics, "quick": short}
     write_text(out / "metrics.json", json.dumps(metrics, indent=1))
     write_text(out / "index.html", page(metrics, quick, shown))
     print(f"the page: {(out / 'index.html').resolve()}\nthe numbers: {(out / 'metrics.json').resolve()}")

@@ -6,18 +6,23 @@
 __all__ = ['Captioned', 'numbered', 'style_numbers']
 
 # %% ../../nbs/12_pretraining.ipynb #dfd77015
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from einops import rearrange
 
 from .tasks import caption, pairs, scene_list
 from .world import STYLES, World
 
 # %% ../../nbs/12_pretraining.ipynb #59044d73
 class Captioned:
-    """The training pictures with their captions: single drawings first, then scenes.
+    """The pictures of one split with their captions: single drawings first, then scenes.
 
-    `refs`, `captions`, `names` (captions without the style): lists of equal length; `singles`: how many are single drawings."""
-    def __init__(self, world=None, split="train"):
+    `refs` (the pictures' names in the world), `captions`, `names` (captions without the style):
+    lists of equal length. `singles`: how many of them are single drawings. `world`: a new `World`
+    if None; `split`: a split of `data/splits.json`."""
+    def __init__(self, world: World | None = None, split: str = "train"):
         self.world = world or World()
         self.refs, self.captions, self.names = [], [], []
         for r in pairs(self.world, split)[::2]:
@@ -30,24 +35,27 @@ class Captioned:
             self.captions.append(scene.caption)
             self.names.append(scene.phrase)
 
-    def pixels(self):
-        """uint8 [n, 3, 64, 64]."""
-        return torch.stack([torch.from_numpy(np.array(self.world.picture(ref))).permute(2, 0, 1) for ref in self.refs])
+    def pixels(self) -> torch.Tensor:
+        """All pictures: uint8 [n, 3, 64, 64] in 0..255."""
+        pictures = [torch.from_numpy(np.array(self.world.picture(ref))) for ref in self.refs]
+        return torch.stack([rearrange(picture, "h w c -> c h w") for picture in pictures])
 
-    def draw(self, n, generator, scenes=0.3):
-        """Indices of `n` pictures, a share `scenes` of them scenes."""
+    def draw(self, n: int, generator: torch.Generator, scenes: float = 0.3) -> torch.Tensor:
+        """Indices of `n` random pictures, int64 [n]; each is a scene with probability `scenes`."""
         is_scene = torch.rand(n, generator=generator) < scenes
         single = torch.randint(self.singles, (n,), generator=generator)
         scene = torch.randint(self.singles, len(self.refs), (n,), generator=generator)
         return torch.where(is_scene, scene, single)
 
 # %% ../../nbs/12_pretraining.ipynb #c48121c3
-def numbered(texts):
-    """Equal texts, equal numbers: int64 [n]."""
+def numbered(texts: Sequence[str]) -> torch.Tensor:
+    """A class number for each of n texts, int64 [n]: equal texts have equal numbers (places in
+    alphabetical order)."""
     number = {text: i for i, text in enumerate(sorted(set(texts)))}
     return torch.tensor([number[text] for text in texts])
 
 # %% ../../nbs/12_pretraining.ipynb #71a126c2
-def style_numbers(refs):
-    """The place in `STYLES` of the style that every picture or scene is drawn in: int64 [n]."""
-    return torch.tensor([list(STYLES).index(ref.split("/")[0] if "/" in ref else ref.split("|")[3]) for ref in refs])
+def style_numbers(refs: Sequence[str]) -> torch.Tensor:
+    """The place in `STYLES` of the style of each of n pictures or scenes: int64 [n]."""
+    keys = [ref.split("/")[0] if "/" in ref else ref.split("|")[3] for ref in refs]
+    return torch.tensor([list(STYLES).index(key) for key in keys])

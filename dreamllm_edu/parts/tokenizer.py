@@ -46,5 +46,7 @@ def read_tokenizer(folder):
         raise ValueError(f"{folder}: no whole tokenizer there ({error}); fetch or make it again") from error
 
 # %% ../../nbs/12_pretraining.ipynb #4f6076db
-def load_tokenizer(out):
+def load_tokenizer(out: "Path") -> "PreTrainedTokenizerBase":
+    """The tokenizer in `out/tokenizer`, where `out` is a folder of parts. Raises `ValueError` if it
+    is missing or damaged."""
     return read_tokenizer(out / "tokenizer")

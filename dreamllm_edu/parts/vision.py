@@ -88,6 +88,6 @@ class VisualProjector(nn.Module):
         return self.linear(features)
 
 # %% ../../nbs/12_pretraining.ipynb #e8282094
-def to_unit_range(pixels):
-    """uint8 -> float32 in [-1, 1]."""
+def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1], of any shape."""
     return pixels.float() / 127.5 - 1
