@@ -207,8 +207,8 @@ def test_the_shipped_parts_fit_together(shipped):
     assert all(not p.requires_grad for part in model.frozen_parts for p in getattr(model, part).parameters())
 
 
-def test_the_shipped_metrics_bear_out_the_readme():
-    """README says: pictures are placed and arranged well, seen pictures are named, unseen ones seldom, though their style is told; drawings follow the words."""
+def test_the_shipped_metrics_bear_out_the_results_page():
+    """nbs/results.ipynb says: pictures are placed and arranged well, seen pictures are named, unseen ones seldom, though their style is told; drawings follow the words."""
     metrics = json.loads((WEIGHTS / "metrics.json").read_text())
     creation = metrics["creation"]
     for split in ("seen", "held_out_renderings"):
@@ -241,14 +241,14 @@ def test_the_shipped_metrics_bear_out_the_readme():
     assert metrics["comprehension"]["caption_top1"]["seen"]["low"] > 0.85 and metrics["comprehension"]["vqa"]["count"]["low"] > 0.95
 
 
-def test_the_shipped_weights_were_made_by_the_table_in_the_hours_that_the_readme_says():
+def test_the_shipped_weights_were_made_by_the_table_in_the_hours_that_the_usage_page_says():
     from dreamllm_edu.training.stage import STAGES
     learned = json.loads((WEIGHTS / "training.json").read_text())
     assert {name: made["steps"] for name, made in learned.items()} == {stage.name: stage.steps for stage in STAGES["mini"]}
     assert 4.75 < sum(made["seconds"] for made in learned.values()) / 3600 < 5.25
 
 
-def test_the_parts_made_again_took_the_steps_of_the_recipe_and_the_hours_that_the_readme_says():
+def test_the_parts_made_again_took_the_steps_of_the_recipe_and_the_hours_that_the_usage_page_says():
     import inspect
     from dreamllm_edu import evaluation, pretraining
     jobs = {"clip": (pretraining.pretrain_clip, "steps", "vision_steps"), "vae": (pretraining.pretrain_vae, "steps"), "language": (pretraining.pretrain_language, "steps"),
@@ -258,7 +258,7 @@ def test_the_parts_made_again_took_the_steps_of_the_recipe_and_the_hours_that_th
     assert 4.25 < sum(m["seconds"] for m in made.values()) / 3600 < 4.75
 
 
-def test_the_parts_made_again_are_as_good_as_the_readme_says():
+def test_the_parts_made_again_are_as_good_as_the_results_page_says():
     shipped, again = (json.loads((WEIGHTS / name).read_text()) for name in ("parts.json", "parts_again.json"))
 
     def alike(part, key):
@@ -267,7 +267,7 @@ def test_the_parts_made_again_are_as_good_as_the_readme_says():
         return abs(a["value"] - b["value"]) <= math.hypot(a["high"] - a["low"], b["high"] - b["low"]) / 2
 
     asked = [("language", "perplexity"), ("clip", "retrieval_at_1"), ("clip", "style_at_1"), ("vae", "psnr"), ("judge", "concept_top1"), ("unet", "concept_top1"), ("unet", "style_top1")]
-    assert [which for which in asked if not alike(*which)] == [("clip", "retrieval_at_1"), ("clip", "style_at_1")], "README: all but CLIP"
+    assert [which for which in asked if not alike(*which)] == [("clip", "retrieval_at_1"), ("clip", "style_at_1")], "results page: all parts but CLIP"
     assert again["clip"]["retrieval_at_1"]["value"] > shipped["clip"]["retrieval_at_1"]["value"] and again["clip"]["style_at_1"]["value"] < shipped["clip"]["style_at_1"]["value"]
     assert again["unet"]["concept_top1"]["low"] > 0.85 and again["unet"]["exchanged"]["concept_top1"]["high"] < 0.05
 
@@ -310,22 +310,127 @@ def test_the_shipped_judge_knows_styles(world):
     assert judged_noto(world)[1] > 0.8
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the README and the pages that it links
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
+PAGES = ("usage", "results", "limits", "course", "full_scale", "official_model")
+
+
+def page(name):
+    """A page as its reader sees it: its text, its visible code, and the tables that its cells wrote."""
+    parts = []
+    for cell in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+        elif "#| echo: false" not in source:
+            parts.append(f"```python\n{source}\n```")
+        parts += ["".join(output["data"].get("text/markdown", "")) for output in cell.get("outputs", []) if "data" in output]
+    return "\n\n".join(parts)
+
+
+def as_text(value):
+    if not isinstance(value, dict):
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def flat(metrics, prefix=""):
+    for key, value in metrics.items():
+        yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) and "value" not in value else [(f"{prefix}{key}", value)]
+
+
+def test_readme_is_what_the_index_notebook_says():
+    run = subprocess.run([sys.executable, ROOT / "tests" / "make_readme.py", "--check"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
+def test_readme_is_one_screen_and_links_every_page():
+    assert len(README.splitlines()) <= 60
+    assert {f"nbs/{name}.ipynb" for name in PAGES} <= set(re.findall(r"\]\((nbs/[^)]+)\)", README))
+    for target in re.findall(r"\]\((nbs/[^)]+)\)", README) + re.findall(r'(?:src|srcset)="([^"]+)"', README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_five_figures_of_the_readme():
+    metrics = dict(flat(json.loads((WEIGHTS / "metrics.json").read_text())))
+    own = ["creation.seen.concept_top1", "creation.held_out_renderings.concept_top1", "comprehension.caption_top1.held_out_renderings", "scenes.both_concepts", "language.ratio"]
+    other = ["creation.baseline_shuffled.seen.concept_top1", "creation.baseline_shuffled.held_out_renderings.concept_top1", "comprehension.baseline_nearest.caption_top1",
+             "scenes.ceiling_real.both_concepts"]
+    rows = [line.split("|") for line in README.splitlines() if line.startswith("| ") and "[" in line and "the miniature ..." not in line]
+    assert [row[2].replace("*", "").strip() for row in rows] == [as_text(metrics[key]) for key in own]
+    assert [row[3].strip()[:17] for row in rows[:4]] == [as_text(metrics[key]) for key in other]
+    minutes = sum(value for key, value in metrics.items() if key.startswith("seconds.")) / 60
+    assert f"in {minutes:.0f} minutes on two cores" in README
+
+
+def test_the_results_page_shows_every_figure_of_the_shipped_files():
+    text = page("results")
+    metrics = json.loads((WEIGHTS / "metrics.json").read_text())
+    for name, value in flat({key: value for key, value in metrics.items() if key not in ("creation", "seconds")}):
+        assert f"| `{name}` | {as_text(value)}" in text, name
+    for name, value in flat(metrics["creation"]):
+        assert as_text(value) in text, name
+    for name in ("parts.json", "parts_again.json"):
+        for key, value in flat(json.loads((WEIGHTS / name).read_text())):
+            if isinstance(value, dict) and not key.endswith("top5") and key not in ("vae.mean_picture", "judge.style_top1") and (name, "exchanged" in key) != ("parts_again.json", True):
+                assert as_text(value) in text, f"{name}: {key}"
+    for name, stage in json.loads((WEIGHTS / "training.json").read_text()).items():
+        assert f"| {name} | {stage['steps']:,} | {stage['seconds'] / 60:.0f} |" in text
+
+
+def test_the_limits_page_shows_the_weakest_figures():
+    metrics, text = dict(flat(json.loads((WEIGHTS / "metrics.json").read_text()))), page("limits")
+    for key in ("creation.held_out_concepts.concept_top1", "creation.held_out_renderings.concept_top1", "comprehension.caption_top1.held_out_renderings", "articles.held_out.belongs",
+                "articles.held_out.distinct", "editing.held_out_renderings.concept_top1"):
+        assert as_text(metrics[key]) in text, key
+
+
+def test_the_hours_of_the_course():
+    """As on the first page: 100 words a minute, and the minutes that the exercises state."""
+    cells = [cell for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) for cell in json.loads(path.read_text(encoding="utf8"))["cells"]]
+    prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    reading = sum(len(text.split()) for text in prose) / 100 / 60
+    exercises = sum(int(minutes) for text in prose for minutes in re.findall(r"^\*\*Exercise.* (\d+) minutes", text, re.M)) / 60
+    total, read, exercised = map(int, re.search(r"\*\*(\d+) hours\*\*: (\d+) of reading and (\d+) of exercises", README).groups())
+    assert abs(read - reading) < 1 and abs(exercised - exercises) < 1 and abs(total - reading - exercises) < 1, (reading, exercises)
+    assert README.count(f"{len(list((ROOT / 'nbs').glob('[0-9]*.ipynb')))} notebooks, about") == 1
+
+
+def test_tables_and_pictures_are_well_formed():
+    """Every row of a Markdown table has as many cells as its head; raw HTML closes what it opens; pictures have a text for those who do not see them."""
+    for name, text in [("README", README), *((name, page(name)) for name in PAGES)]:
+        for block in re.findall(r"(?:^\|.*\n?)+", text, re.M):
+            assert len({line.count("|") for line in block.splitlines()}) == 1, f"{name}: {block[:200]}"
+        for tag in ("table", "tr", "td", "th", "picture"):
+            assert len(re.findall(f"<{tag}[ >]", text)) == text.count(f"</{tag}>"), f"{name}: <{tag}>"
+        assert all('alt="' in image for image in re.findall(r"<img [^>]*>", text)), name
+
+
+def test_the_diagram_is_what_its_program_draws():
+    import xml.etree.ElementTree as ElementTree
+    run = subprocess.run([sys.executable, ROOT / "tools" / "diagrams.py", "--check"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout
+    for name in ("light", "dark"):
+        root = ElementTree.parse(ROOT / "nbs" / "images" / f"system-{name}.svg").getroot()
+        names = [element.tag.split("}")[1] for element in root.iter()]
+        assert names.count("title") == names.count("desc") == 1 and names.count("text") > 20 and root.get("role") == "img"
+        ink = " ".join("".join(element.itertext()) for element in root.iter() if element.tag.endswith("}text"))
+        for word in ("document", "CLIP", "visual", "dream queries", "language", "condition", "U-Net", "VAE", "picture loss", "word loss", "frozen", "read again"):
+            assert word in ink, f"{name}: {word}"
 
 
 def test_the_python_of_the_readme_runs_as_it_stands(tmp_path):
-    """Pasted line by line into one file, in an empty folder. The blocks that need the published checkpoint on disk are left out."""
-    code = "\n".join(block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "dreamllm-7b" not in block)
-    assert code.count("model.generate(") == 2
-    (tmp_path / "pasted.py").write_text(code + "\nprint(owl.pictures[0].size)\n", encoding="utf8")
+    """Pasted line by line into one file, in an empty folder, followed by that of the usage page. Blocks that need the published checkpoint on disk are left out."""
+    code = "\n".join(block for block in re.findall(r"^```python\n(.*?)^```", README + page("usage"), re.M | re.S) if "dreamllm-7b" not in block)
+    assert code.count("model.generate(") == 3 and README.count("model.generate(") == 1
+    (tmp_path / "pasted.py").write_text(code.replace("fox = World()", "print(fox.size)\nfox = World()") + "\nprint(owl.pictures[0].size)\n", encoding="utf8")
     run = subprocess.run([sys.executable, "pasted.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert run.returncode == 0 and "(64, 64)" in run.stdout, run.stderr[-2000:]
+    assert run.returncode == 0 and run.stdout.count("(64, 64)") == 2, run.stderr[-2000:]
 
 
-def test_the_prompt_of_the_readme_is_drawn(tmp_path):
-    lines = [line.strip() for line in README.splitlines() if line.startswith("    printf ") or line.startswith("    dreamllm-edu generate ")]
+def test_the_prompt_of_the_usage_page_is_drawn(tmp_path):
+    lines = [line.strip() for line in page("usage").splitlines() if line.startswith("    printf ") or line.startswith("    dreamllm-edu generate ")]
     assert len(lines) == 2
     run = subprocess.run(["sh", "-ec", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                          env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
@@ -336,4 +441,4 @@ def test_solutions_are_folded():
     for path in sorted((ROOT / "nbs").glob("*.ipynb")):
         cells = [c for c in json.loads(path.read_text(encoding="utf8"))["cells"] if c["cell_type"] == "code" and 'code-summary: "Solution"' in "".join(c["source"])]
         assert all(c["metadata"].get("jupyter", {}).get("source_hidden") for c in cells), path.name
-        assert path.stem == "index" or len(cells) >= 2, f"{path.name}: {len(cells)} exercises with a solution"
+        assert path.stem in ("index", *PAGES) or len(cells) >= 2, f"{path.name}: {len(cells)} exercises with a solution"
