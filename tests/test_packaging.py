@@ -25,7 +25,8 @@ from dreamllm_edu.documents.pictures import picture_tensor
 PACKAGE = ROOT / "dreamllm_edu"
 ROOMS = ["documents", "data", "tokenization", "language", "vision", "diffusion", "queries", "losses", "model", "generation", "training", "evaluation", "pretraining", "demo", "official",
          "corpora", "planner", "train", "cli"]
-DIRECT = {"torch", "transformers", "diffusers", "datasets", "accelerate", "einops", "matplotlib", "safetensors", "pillow", "tqdm"}
+DIRECT = {"torch", "transformers", "diffusers", "datasets", "accelerate", "einops", "fastcore", "fsspec", "huggingface_hub", "matplotlib", "numpy", "pillow", "pyarrow", "pyyaml",
+          "safetensors", "tokenizers", "tqdm"}
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf8")
 SETTINGS = SETTINGS["DEFAULT"]
@@ -63,14 +64,15 @@ def test_a_room_imports_only_from_those_above_it(room):
 
 def test_only_declared_libraries_and_no_network():
     python = sys.stdlib_module_names
-    brought = {"PIL": "pillow", "numpy": "torch", "tokenizers": "transformers", "fsspec": "datasets", "pyarrow": "datasets", "yaml": "accelerate"}  # they come with what needs them
-    for room in ROOMS:
-        names = {name.split(".")[0] for name in imports(PACKAGE / f"{room}.py")}
-        extra = {"deepspeed"} if room == "train" else set()  # an extra of that name, and a clear error without it (test_train)
+    project = {"PIL": "pillow", "yaml": "pyyaml"}  # what is imported -> the project that is installed
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE)
+        names = {name.split(".")[0] for name in imports(path)}
+        extra = {"deepspeed"} if room.parts[0] == "training" or room.stem == "train" else set()  # an extra of that name, and a clear error without it (test_train)
         for name in names - {"dreamllm_edu"} - extra:
-            assert name in python or brought.get(name, name) in DIRECT, f"{room} imports {name}, which is not declared"
+            assert name in python or project.get(name, name) in DIRECT, f"{room} imports {name}, which is not declared"
         reaching = {"torchvision", "requests", "urllib", "http", "socket", "ftplib", "httpx"}
-        found = {name for name in imports(PACKAGE / f"{room}.py") if name.split(".")[0] in reaching}
+        found = {name for name in imports(path) if name.split(".")[0] in reaching}
         assert found <= {"urllib.parse"}, room  # which only takes addresses apart
 
 
@@ -119,6 +121,16 @@ def test_constraints_name_every_direct_dependency():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].strip().lower() for line in lines if "==" in line and not line.startswith("#")}
     assert DIRECT <= pinned and any(re.match(r"torch==2\.13\.0", line) for line in lines)
+
+
+def test_the_lowest_versions_are_those_that_are_tested():
+    """Every lower bound of settings.ini is the version that `make test-lowest` installs, cut at the end at most."""
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf8").splitlines()
+    tried = dict(line.split("==") for line in lines if "==" in line)
+    bounds = {re.match(r"[\w-]+", item)[0]: re.search(r">=([\d.]+)", item)[1] for item in SETTINGS["requirements"].split()}
+    assert set(tried) == set(bounds) == DIRECT
+    for name, bound in bounds.items():
+        assert tried[name].startswith(bound) and not tried[name][len(bound):].strip(".0"), f"{name}: {bound} declared, {tried[name]} tried"
 
 
 def test_licence_is_apache():
