@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-lowest docs export notebooks clean readme diagrams
+.PHONY: demo test lint format test-lowest docs export notebooks clean readme diagrams
 
 $(VENV)/.installed: setup.py settings.ini pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ test: lint
 
 lint: $(VENV)/.installed  # style and likely mistakes; the rules stand in pyproject.toml
 	$(BIN)/ruff check dreamllm_edu tests tools benchmarks
+
+format: $(VENV)/.installed  # wrap long statements of tests and tools, sort their imports
+	$(BIN)/ruff check --quiet --select I --fix tests tools benchmarks
+	$(BIN)/python tools/long_lines.py
 
 test-lowest:  # the oldest versions of the libraries that settings.ini admits, in an environment of their own
 	PYTHON=$(PYTHON) bash tools/lower_bounds.sh

@@ -9,24 +9,31 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import SENTENCES, PATCHES, QUERIES, CONTEXT, make_tiny
 from safetensors.torch import save_file
 from test_train import QUICK, some_corpora, stage, texts_only
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dreamllm_edu.training import trainer as engine
 from dreamllm_edu.documents.document import Document
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
 from dreamllm_edu.parts.tokenizer import train_tokenizer
+from dreamllm_edu.training import trainer as engine
 from dreamllm_edu.training.batches import Steps, step_stream
 from dreamllm_edu.training.ranks import rank_and_world
 from dreamllm_edu.training.strategies import whole
 from dreamllm_edu.training.trainer import run, save_weights
 
+from conftest import CONTEXT, PATCHES, QUERIES, SENTENCES, make_tiny
+
 
 def processor():
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    return DreamLLMProcessor(images, train_tokenizer(SENTENCES * 4, vocab_size=300), num_queries=QUERIES, num_patches=PATCHES, max_length=CONTEXT)
+    return DreamLLMProcessor(
+        images,
+        train_tokenizer(SENTENCES * 4, vocab_size=300),
+        num_queries=QUERIES,
+        num_patches=PATCHES,
+        max_length=CONTEXT,
+    )
 
 
 def corpora():
@@ -57,7 +64,17 @@ def train_all(folder, parallel):
 def stage_two(folder, parallel, trackers=(), samples=None, **options):
     """Five steps of stage II, or what is left of them after the checkpoint in `folder`."""
     model = make_tiny()
-    run(model, processor(), stage(2, batch=4), corpora(), folder, replace(settings(parallel), **options), progress=False, trackers=trackers, samples=samples)
+    run(
+        model,
+        processor(),
+        stage(2, batch=4),
+        corpora(),
+        folder,
+        replace(settings(parallel), **options),
+        progress=False,
+        trackers=trackers,
+        samples=samples,
+    )
     keep_weights(model, folder / "weights.safetensors")
     cut = {name.split(".")[0] for name, p in model.named_parameters() if hasattr(p, "ds_numel")}
     assert parallel != "zero3" or cut and not cut & set(model.frozen_parts), f"DeepSpeed cut up {sorted(cut)}"
@@ -120,4 +137,7 @@ if __name__ == "__main__":
     dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # all is on disk; taking the interpreter down was once seen to abort in one of torch's threads, after the last job
+    os._exit(
+        0
+    # all is on disk; taking the interpreter down was once seen to abort in one of torch's threads, after the last job
+    )

@@ -1,4 +1,6 @@
-"""Training at full scale, proven on a CPU: every way of sharing the work gives the same numbers; crashes lose nothing; bad input is named."""
+"""Training at full scale, proven on a CPU: every way of sharing the work gives the same numbers; crashes lose nothing;
+bad input is named."""
+
 import json
 import os
 import signal
@@ -10,23 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
 from safetensors import safe_open
 
-from dreamllm_edu.training import trainer as engine
+from dreamllm_edu.app.train import main
 from dreamllm_edu.data.readers import emoji
 from dreamllm_edu.data.records import Corpus, Record
-from dreamllm_edu.app.train import main
 from dreamllm_edu.models.dreamllm.objective import fingerprint, packed_losses
 from dreamllm_edu.sequences import first_fit
+from dreamllm_edu.training import trainer as engine
 from dreamllm_edu.training.batches import Steps, pack_items, step_stream
 from dreamllm_edu.training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from dreamllm_edu.training.features import FeatureStore
 from dreamllm_edu.training.recipe import read_recipe
 from dreamllm_edu.training.report import read_log
+from dreamllm_edu.training.stage import ALIGN, STAGES, Stage
 from dreamllm_edu.training.strategies import Share, share_of, zero3
 from dreamllm_edu.training.trainer import Settings, run
-from dreamllm_edu.training.stage import ALIGN, STAGES, Stage
+
+from conftest import make_tiny
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"pairs/draw": 0.4, "pairs/caption": 0.3, "articles": 0.3}
@@ -42,12 +45,22 @@ def some_corpora():
 
 
 def texts_only(name="texts", n=40):
-    return Corpus(name, ("all",), lambda shard: (Record([f"a line of text, number {i}"], 0, f"{name}:{i}", name) for i in range(n)), 1.0)
+    return Corpus(
+        name,
+        ("all",),
+        lambda shard: (Record([f"a line of text, number {i}"], 0, f"{name}:{i}", name) for i in range(n)),
+        1.0,
+    )
 
 
 def stage(number, **options):
     trains = ALIGN + (() if number == 1 else ("language_model",))
-    return Stage(f"{number}-test", trains, {}, **{"learning_rate": 1e-3, "steps": 5, "batch": 8, "ema_decay": 0.9, "warmup": 1, "read_last": False, **options})
+    return Stage(
+        f"{number}-test",
+        trains,
+        {},
+        **{"learning_rate": 1e-3, "steps": 5, "batch": 8, "ema_decay": 0.9, "warmup": 1, "read_last": False, **options},
+    )
 
 
 QUICK = Settings(lanes=4, save_every=2, log_every=2, room=256)
@@ -67,7 +80,9 @@ def weights_of(model):
 def test_first_fit_keeps_every_document_once_and_no_row_overflows():
     lengths = [5, 3, 8, 1, 1, 7, 2]
     rows = first_fit(lengths, 8)
-    assert sorted(i for row in rows for i in row) == list(range(7)) and all(sum(lengths[i] for i in row) <= 8 for row in rows)
+    assert sorted(i for row in rows for i in row) == list(range(7)) and all(
+        sum(lengths[i] for i in row) <= 8 for row in rows
+    )
     assert len(rows) == 4
     with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
         first_fit([9], 8)
@@ -83,7 +98,10 @@ def test_documents_and_dice_do_not_depend_on_ranks_or_workers(processor, workers
         whole = next(one)[0]
         parts = sorted((item for share in shares for item in next(share)[0]), key=lambda item: item.order)
         assert [item.name for item in parts] == [item.name for item in whole]
-        assert all(torch.equal(a.dice["noise"], b.dice["noise"]) and torch.equal(a.dice["drop"], b.dice["drop"]) for a, b in zip(parts, whole))
+        assert all(
+            torch.equal(a.dice["noise"], b.dice["noise"]) and torch.equal(a.dice["drop"], b.dice["drop"])
+            for a, b in zip(parts, whole)
+        )
 
 
 def test_a_batch_without_documents_or_pictures_trains_nothing_and_breaks_nothing(processor):
@@ -105,7 +123,9 @@ def test_without_pictures_every_trained_tensor_has_a_gradient_of_zero(processor,
 
     config = make_tiny().config.to_dict()
     if sdxl:
-        config["unet_config"].update(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24)
+        config["unet_config"].update(
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24
+        )
     model = DreamLLM(DreamLLMConfig(**config)).train()
     set_trainable(model, stage(2))
     texts = next(step_stream(Steps([texts_only()], processor, model.config, 4, read_last=False)))[0]
@@ -121,14 +141,24 @@ def test_unused_pictures_cost_no_encoder_pass(processor, monkeypatch):
     model, passes = make_tiny(), {"clip": 0, "vae": 0}
     for key, part in (("clip", model.vision_encoder), ("vae", model.vae.encoder)):
         part.register_forward_hook(lambda *_, key=key: passes.__setitem__(key, passes[key] + 1))
-    batches = {kind: pack_items(next(step_stream(Steps([thin(emoji(kind, [kind]))], processor, model.config, 4, read_last=False)))[0], processor.layout, 256)
-               for kind in ("pairs/draw", "pairs/caption")}
+    batches = {
+        kind: pack_items(
+            next(step_stream(Steps([thin(emoji(kind, [kind]))], processor, model.config, 4, read_last=False)))[0],
+            processor.layout,
+            256,
+        )
+        for kind in ("pairs/draw", "pairs/caption")
+    }
     with torch.no_grad():
         packed_losses(model, model, batches["pairs/draw"])
         assert passes == {"clip": 0, "vae": 1}, "a drawing that ends its document is not read"
         packed_losses(model, model, batches["pairs/caption"])
         assert passes == {"clip": 1, "vae": 1}, "a given picture is not drawn"
-        packed_losses(model, model, pack_items(next(step_stream(Steps([texts_only()], processor, model.config, 4)))[0], processor.layout, 256))
+        packed_losses(
+            model,
+            model,
+            pack_items(next(step_stream(Steps([texts_only()], processor, model.config, 4)))[0], processor.layout, 256),
+        )
         assert passes == {"clip": 1, "vae": 1}, "text needs neither"
 
 
@@ -136,11 +166,19 @@ def test_stored_features_change_no_loss(processor, tmp_path):
     model, corpora = make_tiny(), some_corpora()
     exact = FeatureStore(tmp_path, fingerprint(model), torch.float32)
     done = engine.fill_store(exact, model, processor, corpora)
-    assert done["features"] > 10 and done["moments"] > 10 and engine.fill_store(exact, model, processor, corpora)["features"] == 0
-    make = lambda store: next(step_stream(Steps(corpora, processor, model.config, 4, per_lane=3, store=store, read_last=False)))[0]
+    assert (
+        done["features"] > 10
+        and done["moments"] > 10
+        and engine.fill_store(exact, model, processor, corpora)["features"] == 0
+    )
+    make = lambda store: next(
+        step_stream(Steps(corpora, processor, model.config, 4, per_lane=3, store=store, read_last=False))
+    )[0]
     assert all(item.pixels is None and item.targets is None for item in make(exact))
     with torch.no_grad():
-        read, made = [packed_losses(model, model, pack_items(make(store), processor.layout, 256)) for store in (exact, None)]
+        read, made = [
+            packed_losses(model, model, pack_items(make(store), processor.layout, 256)) for store in (exact, None)
+        ]
     for a, b in zip(read[:2], made[:2]):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     other = make_tiny(seed=1)
@@ -150,13 +188,21 @@ def test_stored_features_change_no_loss(processor, tmp_path):
 def test_a_store_that_holds_some_pictures_mixes_none_up(processor, tmp_path):
     model, corpora = make_tiny(), some_corpora()
     store = FeatureStore(tmp_path, fingerprint(model), torch.float32)
-    engine.fill_store(store, model, processor, [replace(c, read=lambda shard, c=c: list(c.read(shard))[::2]) for c in corpora])
-    make = lambda store: next(step_stream(Steps(corpora, processor, model.config, 4, per_lane=4, store=store, read_last=False)))[0]
+    engine.fill_store(
+        store, model, processor, [replace(c, read=lambda shard, c=c: list(c.read(shard))[::2]) for c in corpora]
+    )
+    make = lambda store: next(
+        step_stream(Steps(corpora, processor, model.config, 4, per_lane=4, store=store, read_last=False))
+    )[0]
     items = make(store)
-    assert {(i.features is None, i.pixels is None) for i in items if i.row.images} == {(True, False), (False, True)}, "stored and fresh in one batch"
+    assert {(i.features is None, i.pixels is None) for i in items if i.row.images} == {(True, False), (False, True)}, (
+        "stored and fresh in one batch"
+    )
     assert {(i.moments is None, i.targets is None) for i in items if i.row.targets} == {(True, False), (False, True)}
     with torch.no_grad():
-        read, made = [packed_losses(model, model, pack_items(found, processor.layout, 256)) for found in (items, make(None))]
+        read, made = [
+            packed_losses(model, model, pack_items(found, processor.layout, 256)) for found in (items, make(None))
+        ]
     for a, b in zip(read[:2], made[:2]):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
@@ -165,7 +211,15 @@ def test_micro_batches_change_nothing(processor, tmp_path):
     found = []
     for micro in (0, 3):
         model = make_tiny()
-        run(model, processor, stage(2), some_corpora(), tmp_path / str(micro), replace(QUICK, micro_batch=micro), progress=False)
+        run(
+            model,
+            processor,
+            stage(2),
+            some_corpora(),
+            tmp_path / str(micro),
+            replace(QUICK, micro_batch=micro),
+            progress=False,
+        )
         found.append((curve(tmp_path / str(micro)), weights_of(model)))
     for a, b in zip(found[0][0], found[1][0]):
         assert a == pytest.approx(b, abs=1e-5)
@@ -176,7 +230,15 @@ def test_micro_batches_change_nothing(processor, tmp_path):
 def test_activation_checkpointing_changes_nothing(processor, tmp_path):
     curves = []
     for on in (False, True):
-        run(make_tiny(), processor, stage(2), some_corpora(), tmp_path / str(on), replace(QUICK, checkpointing=on), progress=False)
+        run(
+            make_tiny(),
+            processor,
+            stage(2),
+            some_corpora(),
+            tmp_path / str(on),
+            replace(QUICK, checkpointing=on),
+            progress=False,
+        )
         curves.append(curve(tmp_path / str(on)))
     for a, b in zip(*curves):
         assert a == pytest.approx(b, abs=1e-5)
@@ -192,7 +254,7 @@ def test_a_resumed_curve_is_the_same_bit_for_bit(processor, tmp_path):
         folder = tmp_path / str(died)
 
         class Death:
-            def log(self, values, step):
+            def log(self, values, step, died=died):
                 if step == died:
                     raise MemoryError
         with pytest.raises(MemoryError):
@@ -231,7 +293,11 @@ def test_rows_of_any_number_of_ranks_are_put_together(tmp_path):
     (tmp_path / "step").mkdir()
     for rank, (first, end) in enumerate([(0, 3), (3, 6), (6, 7), (7, 7)]):
         where = {"w": [2 * first, 2 * end, [7, 2]]}
-        save_file({"w": whole[first:end].flatten().clone()}, tmp_path / "step" / f"rank-{rank:05}.safetensors", {"shares": json.dumps(where)})
+        save_file(
+            {"w": whole[first:end].flatten().clone()},
+            tmp_path / "step" / f"rank-{rank:05}.safetensors",
+            {"shares": json.dumps(where)},
+        )
     into = torch.zeros(7, 2)
     load_checkpoint(tmp_path / "step", {"w": share_of(into)})
     assert torch.equal(into, whole)
@@ -248,7 +314,12 @@ def test_rows_of_any_number_of_ranks_are_put_together(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(processor, tmp_path):
     run(make_tiny(), processor, stage(2, steps=2), some_corpora(), tmp_path, QUICK, progress=False)
-    for other, settings in ((stage(1), QUICK), (stage(2), replace(QUICK, seed=3)), (stage(2, batch=4), QUICK), (stage(2), replace(QUICK, lanes=8))):
+    for other, settings in (
+        (stage(1), QUICK),
+        (stage(2), replace(QUICK, seed=3)),
+        (stage(2, batch=4), QUICK),
+        (stage(2), replace(QUICK, lanes=8)),
+    ):
         with pytest.raises(ValueError, match="was written with"):
             run(make_tiny(), processor, other, some_corpora(), tmp_path, settings, progress=False)
 
@@ -277,7 +348,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(processor
     kept = sorted(tmp_path.glob("bad-step-*"))
     assert [p.name for p in kept] == [f"bad-step-{i:08}-rank-00000.safetensors" for i in range(3)]
     with safe_open(kept[0], "pt") as file:
-        assert "0/input_ids" in file.keys() and "0/noise" in file.keys() and len(json.loads(file.metadata()["names"])[0]) == 8
+        assert (
+            "0/input_ids" in file.keys()
+            and "0/noise" in file.keys()
+            and len(json.loads(file.metadata()["names"])[0]) == 8
+        )
 
 
 def test_a_checkpoint_before_any_update_can_be_written_and_read(processor, tmp_path):
@@ -325,7 +400,9 @@ def test_settings_that_cannot_work_are_named(processor, tmp_path):
         run(make_tiny(), processor, stage(2, batch=6), some_corpora(), tmp_path, QUICK, progress=False)
     with pytest.raises(ValueError, match="something to learn from"):
         run(make_tiny(), processor, stage(2), [], tmp_path, QUICK, progress=False)
-    processor = type(processor)(processor.image_processor, processor.tokenizer, num_queries=processor.num_queries, max_length=20)
+    processor = type(processor)(
+        processor.image_processor, processor.tokenizer, num_queries=processor.num_queries, max_length=20
+    )
     with pytest.raises(ValueError, match="no picture would ever fit"):
         run(make_tiny(), processor, stage(2), some_corpora(), tmp_path, QUICK, progress=False)
 
@@ -344,20 +421,48 @@ def test_recipes_say_what_the_course_says():
     for scale in ("mini", "paper"):
         _, _, stages = read_recipe(ROOT / "recipes" / f"{scale}.yaml")
         for ours, theirs in zip(STAGES[scale], stages, strict=True):
-            same = ("name", "trains", "learning_rate", "steps", "batch", "lm_loss_weight", "image_loss_weight", "ema_decay", "timestep_exponent")
+            same = (
+                "name",
+                "trains",
+                "learning_rate",
+                "steps",
+                "batch",
+                "lm_loss_weight",
+                "image_loss_weight",
+                "ema_decay",
+                "timestep_exponent",
+            )
             assert all(getattr(ours, key) == getattr(theirs, key) for key in same), ours.name
-            assert scale == "mini" and theirs.mixture == ours.mixture or scale == "paper" and theirs.warmup == ours.warmup
+            assert (
+                scale == "mini" and theirs.mixture == ours.mixture or scale == "paper" and theirs.warmup == ours.warmup
+            )
 
 
 def command(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "dreamllm_edu.train", *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dreamllm_edu.train", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--scale", "paper"], "--data"), (["--stage", "2"], "starts where stage 1 ended"), (["--stage", "6"], "5 stages, --stage 6"), (["--stage", "0"], "--stage 0"), (["--recipe", "nowhere.yaml"], "no such recipe"),
-    (["--fill-cache"], "--cache"), (["--batch", "7"], "multiple of the lanes")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--scale", "paper"], "--data"),
+        (["--stage", "2"], "starts where stage 1 ended"),
+        (["--stage", "6"], "5 stages, --stage 6"),
+        (["--stage", "0"], "--stage 0"),
+        (["--recipe", "nowhere.yaml"], "no such recipe"),
+        (["--fill-cache"], "--cache"),
+        (["--batch", "7"], "multiple of the lanes"),
+    ],
+)
 def test_the_command_names_what_is_missing(tmp_path, capsys, arguments, message):
     assert main([*arguments, "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -379,15 +484,21 @@ def test_kill_9_and_sigterm_lose_nothing(tmp_path):
         again = command(*same, "--out", out)
         assert again.wait(300) == 0, again.stderr.read()
         assert curve(out / "1-alignment") == curve(tmp_path / "whole" / "1-alignment")
-        assert (out / "1-alignment" / "trained.safetensors").read_bytes() == (tmp_path / "whole" / "1-alignment" / "trained.safetensors").read_bytes()
-    assert "stage 1-alignment" not in process.stdout.read() and (tmp_path / "whole" / "1-alignment" / "report.html").stat().st_size > 10_000
+        assert (out / "1-alignment" / "trained.safetensors").read_bytes() == (
+            tmp_path / "whole" / "1-alignment" / "trained.safetensors"
+        ).read_bytes()
+    assert (
+        "stage 1-alignment" not in process.stdout.read()
+        and (tmp_path / "whole" / "1-alignment" / "report.html").stat().st_size > 10_000
+    )
 
 
 # --- public parts and published shards
 
 
 def public_parts(folder):
-    """Tiny parts in the layout of the hub: a Llama whose tokenizer knows nothing of pictures, a CLIP, a Stable Diffusion."""
+    """Tiny parts in the layout of the hub: a Llama whose tokenizer knows nothing of pictures, a CLIP, a Stable
+    Diffusion."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -398,14 +509,27 @@ def public_parts(folder):
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.train_from_iterator(["a red apple on a table"] * 4, trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False,
-                                                                               initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.train_from_iterator(
+        ["a red apple on a table"] * 4,
+        trainers.BpeTrainer(
+            vocab_size=280,
+            special_tokens=["<s>", "</s>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder / "language")
     torch.manual_seed(0)
-    LlamaForCausalLM(llama_config(vocab_size=len(tokenizer), hidden=32, layers=2, heads=2, ffn=64, context=256)).save_pretrained(folder / "language")
-    CLIPModel(clip_config(vocab_size=300, hidden=32, layers=2, text_layers=1, heads=2)).save_pretrained(folder / "vision")
-    UNet2DConditionModel(**unet_config(channels=(16, 32), latent_channels=4, condition=24, heads=2)).save_pretrained(folder / "diffusion" / "unet")
+    LlamaForCausalLM(
+        llama_config(vocab_size=len(tokenizer), hidden=32, layers=2, heads=2, ffn=64, context=256)
+    ).save_pretrained(folder / "language")
+    CLIPModel(clip_config(vocab_size=300, hidden=32, layers=2, text_layers=1, heads=2)).save_pretrained(
+        folder / "vision"
+    )
+    UNet2DConditionModel(**unet_config(channels=(16, 32), latent_channels=4, condition=24, heads=2)).save_pretrained(
+        folder / "diffusion" / "unet"
+    )
     AutoencoderKL(**vae_config(channels=(8, 8, 8, 8), latent_channels=4)).save_pretrained(folder / "diffusion" / "vae")
     DDPMScheduler(**scheduler_config()).save_pretrained(folder / "diffusion" / "scheduler")
     return len(tokenizer), {name: str(folder / name) for name in ("language", "vision", "diffusion")}
@@ -421,22 +545,51 @@ def test_public_parts_and_a_published_corpus_train_by_the_command(tmp_path, caps
     rows = []
     for i, key in enumerate(("1f34e", "1f431", "1f98a", "1f680")):
         World().picture(f"twemoji/{key}").save(tmp_path / "data" / "images" / f"{key}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a thing"}] * (1 + i % 2)
-        turns = [{**turn, "value": turn["value"].replace("<image>\n", "") if j else turn["value"]} for j, turn in enumerate(turns)]
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a thing"}] * (
+            1 + i % 2
+        )
+        turns = [
+            {**turn, "value": turn["value"].replace("<image>\n", "") if j else turn["value"]}
+            for j, turn in enumerate(turns)
+        ]
         rows.append({"id": str(i), "image": f"{key}.png", "conversations": turns})
     (tmp_path / "data" / "chat.json").write_text(json.dumps(rows))
     entry = {"format": "llava", "shards": "chat.json", "images": "images", "weight": 1}
-    one = {"name": "1-alignment", "trains": list(ALIGN), "learning_rate": 1e-3, "steps": 2, "batch": 4, "warmup": 1, "ema_decay": 0.0, "mixture": {"chat": entry}}
+    one = {
+        "name": "1-alignment",
+        "trains": list(ALIGN),
+        "learning_rate": 1e-3,
+        "steps": 2,
+        "batch": 4,
+        "warmup": 1,
+        "ema_decay": 0.0,
+        "mixture": {"chat": entry},
+    }
     two = {**one, "name": "2-interleaved", "trains": [*ALIGN, "language_model"]}
-    recipe = {"parts": {**parts, "num_queries": 4}, "settings": {"lanes": 4, "room": 256, "save_every": 1}, "stages": [one, two]}
+    recipe = {
+        "parts": {**parts, "num_queries": 4},
+        "settings": {"lanes": 4, "room": 256, "save_every": 1},
+        "stages": [one, two],
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    line = ["--scale", "small", "--recipe", str(tmp_path / "recipe.yaml"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    line = [
+        "--scale",
+        "small",
+        "--recipe",
+        str(tmp_path / "recipe.yaml"),
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for number in ("1", "2"):
         assert main([*line, "--stage", number]) == 0, capsys.readouterr().err
     model, processor = engine.build("small", {**parts, "num_queries": 4}, 256)
     engine.load_trained(model, tmp_path / "out" / "2-interleaved" / "trained.safetensors")
     assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer) == vocabulary + 7
-    assert processor.target_size == 64 and all(row["lm"] > 0 for row in read_log(tmp_path / "out" / "2-interleaved" / "log.jsonl"))
+    assert processor.target_size == 64 and all(
+        row["lm"] > 0 for row in read_log(tmp_path / "out" / "2-interleaved" / "log.jsonl")
+    )
     rows[1]["image"] = "absent.png"
     (tmp_path / "data" / "chat.json").unlink()
     assert main([*line, "--stage", "2"]) == 1 and "chat.json" in capsys.readouterr().err
@@ -450,10 +603,21 @@ def test_samples_and_report_show_what_was_learned(processor, tmp_path):
     from dreamllm_edu.documents.formats import read_jsonl
 
     prompts = [Document(["a red apple"]), Document(["a blue boat"])]
-    run(make_tiny(), processor, stage(2), some_corpora(), tmp_path, replace(QUICK, sample_every=2), progress=False, samples=prompts)
+    run(
+        make_tiny(),
+        processor,
+        stage(2),
+        some_corpora(),
+        tmp_path,
+        replace(QUICK, sample_every=2),
+        progress=False,
+        samples=prompts,
+    )
     drawn = {path.name: read_jsonl(path) for path in tmp_path.glob("samples-*.jsonl")}
     assert sorted(drawn) == ["samples-00000002.jsonl", "samples-00000004.jsonl"]
-    assert all(d.parts[0].startswith(p.parts[0]) for found in drawn.values() for d, p in zip(found, prompts, strict=True))
+    assert all(
+        d.parts[0].startswith(p.parts[0]) for found in drawn.values() for d, p in zip(found, prompts, strict=True)
+    )
     page = engine.report(tmp_path, "A <run>").read_text()
     assert "A &lt;run&gt;" in page and "after 2 steps" in page and "a red apple" in page and "data:image/png" in page
     with pytest.raises(ValueError, match="nothing logged"):
@@ -464,15 +628,41 @@ def test_sampling_changes_no_number(processor, tmp_path):
     from dreamllm_edu.documents.document import Document
 
     for every in (0, 1):
-        run(make_tiny(), processor, stage(2), some_corpora(), tmp_path / str(every), replace(QUICK, sample_every=every), progress=False, samples=[Document(["a"])])
+        run(
+            make_tiny(),
+            processor,
+            stage(2),
+            some_corpora(),
+            tmp_path / str(every),
+            replace(QUICK, sample_every=every),
+            progress=False,
+            samples=[Document(["a"])],
+        )
     assert curve(tmp_path / "0") == curve(tmp_path / "1")
 
 
 def test_the_log_holds_what_one_wants_to_watch(processor, tmp_path):
-    run(make_tiny(), processor, stage(2, batch=16), some_corpora(), tmp_path, replace(QUICK, log_every=1), progress=False)
+    run(
+        make_tiny(),
+        processor,
+        stage(2, batch=16),
+        some_corpora(),
+        tmp_path,
+        replace(QUICK, log_every=1),
+        progress=False,
+    )
     rows = read_log(tmp_path / "log.jsonl")
     keys = {key for row in rows for key in row}
-    assert {"lm/pairs/caption", "image/pairs/draw", "norm/language_model", "norm/dream_queries", "lr", "samples_per_second", "tokens_per_second", "memory_mb"} <= keys
+    assert {
+        "lm/pairs/caption",
+        "image/pairs/draw",
+        "norm/language_model",
+        "norm/dream_queries",
+        "lr",
+        "samples_per_second",
+        "tokens_per_second",
+        "memory_mb",
+    } <= keys
     for row in rows:
         parts = [row[k] for k in row if k.startswith("norm/")]
         assert sum(p * p for p in parts) ** 0.5 == pytest.approx(row["norm"], rel=1e-4)
@@ -481,5 +671,7 @@ def test_the_log_holds_what_one_wants_to_watch(processor, tmp_path):
 @pytest.mark.parametrize("asked, written", [([], True), (["--trackers", "tensorboard"], True), (["--trackers"], False)])
 def test_tensorboard_is_the_default(tmp_path, asked, written):
     pytest.importorskip("tensorboard")
-    assert main(["--steps", "1", "--batch", "4", "--lanes", "4", "--precision", "no", *asked, "--out", str(tmp_path)]) == 0
+    assert (
+        main(["--steps", "1", "--batch", "4", "--lanes", "4", "--precision", "no", *asked, "--out", str(tmp_path)]) == 0
+    )
     assert bool(list(tmp_path.rglob("events.out.tfevents.*"))) == written

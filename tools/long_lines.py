@@ -39,5 +39,7 @@ def wrap(path: Path) -> int:
 
 if __name__ == "__main__":
     given = [Path(name).resolve() for name in sys.argv[1:]]
-    for file in given or sorted(path for folder in ("tests", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py")):
+    for file in given or sorted(
+        path for folder in ("tests", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    ):
         print(f"{file.name}: {wrap(file)} lines are still too long")
