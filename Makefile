@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs export notebooks clean readme
+.PHONY: demo test lint format test-lowest docs export notebooks clean readme diagrams
 
 $(VENV)/.installed: setup.py settings.ini pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,9 +14,19 @@ $(VENV)/.installed: setup.py settings.ini pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/dreamllm-edu demo --out _demo
 
-test: $(VENV)/.installed
+test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/check_notebooks.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/.installed  # style and likely mistakes; the rules stand in pyproject.toml
+	$(BIN)/ruff check dreamllm_edu tests tools benchmarks
+
+format: $(VENV)/.installed  # wrap long statements of tests and tools, sort their imports
+	$(BIN)/ruff check --quiet --select I --fix tests tools benchmarks
+	$(BIN)/python tools/long_lines.py
+
+test-lowest:  # the oldest versions of the libraries that settings.ini admits, in an environment of their own
+	PYTHON=$(PYTHON) bash tools/lower_bounds.sh
 
 docs: $(VENV)/.installed
 	$(BIN)/nbdev_docs
@@ -33,3 +43,6 @@ clean:
 
 readme: $(VENV)/.installed  # README.md from nbs/index.ipynb
 	$(BIN)/python tests/make_readme.py
+
+diagrams:  # nbs/images/system-*.svg; needs nothing but Python
+	$(PYTHON) tools/diagrams.py

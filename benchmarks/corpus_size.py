@@ -2,7 +2,8 @@
 
     python benchmarks/corpus_size.py
 
-Writes JSONL corpora of 1e3, 1e4, 1e5 and 1e6 short dialogues, reads 20,000 documents of each through four lanes as training does, encoded, and prints microseconds a
+Writes JSONL corpora of 1e3, 1e4, 1e5 and 1e6 short dialogues, reads 20,000 documents of each through four lanes as
+training does, encoded, and prints microseconds a
 document and peak resident memory, each size in a process of its own. Small corpora are read several times over."""
 import argparse
 import json
@@ -19,7 +20,10 @@ SIZES = (1_000, 10_000, 100_000, 1_000_000)
 def write(path, n):
     with path.open("w") as file:
         for i in range(n):
-            turns = [{"from": "human", "value": f"What is number {i}?"}, {"from": "gpt", "value": f"Number {i} is the one after {i - 1}."}]
+            turns = [
+                {"from": "human", "value": f"What is number {i}?"},
+                {"from": "gpt", "value": f"Number {i} is the one after {i - 1}."},
+            ]
             file.write(json.dumps({"id": str(i), "conversations": turns}) + "\n")
 
 
@@ -32,7 +36,9 @@ def measure(path, documents):
 
     corpora = open_corpora({"talk": {"format": "llava", "shards": path.name, "weight": 1}}, path.parent)
     lanes, layout = [Lane(corpora, lane, 4) for lane in range(4)], mini_processor().layout
-    layout.text_ids = lambda text: encode_text(layout.tokenizer, text)  # without its memory, from which a small corpus would profit
+    layout.text_ids = lambda text: encode_text(
+        layout.tokenizer, text
+    )  # without its memory, from which a small corpus would profit
     for lane in lanes:
         next(lane)
     began = time.perf_counter()
@@ -54,7 +60,12 @@ def main():
         for n in SIZES:
             path = Path(folder) / f"{n}.jsonl"
             write(path, n)
-            found = subprocess.run([sys.executable, __file__, "--one", str(path), "--documents", str(args.documents)], capture_output=True, text=True, check=True)
+            found = subprocess.run(
+                [sys.executable, __file__, "--one", str(path), "--documents", str(args.documents)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             cost, memory = json.loads(found.stdout.splitlines()[-1])
             print(f"{n:>9,} documents: {cost:6.0f} microseconds each, {memory:6.0f} MB", flush=True)
             path.unlink()

@@ -23,13 +23,18 @@ LIMIT = 180  # seconds a notebook may take
 
 
 def tidy(notebook):
-    """Drop the printed lines that speak of this machine and not of the lesson: warnings with its paths, what DeepSpeed says of its accelerator."""
+    """Drop the printed lines that speak of this machine and not of the lesson: warnings with its paths, what DeepSpeed
+    says of its accelerator."""
     foreign = ("[real_accelerator.py:", str(ROOT), str(Path.home()), sys.prefix)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.output_type == "stream" and any(word in output.text for word in foreign):
                 lines = output.text.splitlines(keepends=True)
-                output.text = "" if output.name == "stderr" else "".join(line for line in lines if not any(word in line for word in foreign))
+                output.text = (
+                    ""
+                    if output.name == "stderr"
+                    else "".join(line for line in lines if not any(word in line for word in foreign))
+                )
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
 
@@ -37,7 +42,13 @@ def tidy(notebook):
 def run(path, keep):
     """Execute one notebook in its own folder; (path, seconds, error or None)."""
     notebook, began, error = nbformat.read(path, as_version=4), time.time(), None
-    client = NotebookClient(notebook, timeout=2 * LIMIT, startup_timeout=180, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook,
+        timeout=2 * LIMIT,
+        startup_timeout=180,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     try:
         client.execute()
     except Exception as problem:  # a failing cell, a dead kernel or a time-out: all are failures of this notebook
@@ -57,11 +68,27 @@ def in_step():
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        names = shutil.ignore_patterns(".git", ".venv", ".runs", "weights", "_docs", "_proc", "_demo", "__pycache__", "data", "*.egg-info", "build", "dist")
+        names = shutil.ignore_patterns(
+            ".git",
+            ".venv",
+            ".runs",
+            "weights",
+            "_docs",
+            "_proc",
+            "_demo",
+            "__pycache__",
+            "data",
+            "*.egg-info",
+            "build",
+            "dist",
+        )
         shutil.copytree(ROOT, copy, ignore=names)
         for command in ([sys.executable, "tools/export.py"], [Path(sys.executable).parent / "nbdev_clean"]):
             subprocess.run(command, cwd=copy, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
-        for path in [*ROOT.glob("nbs/*.ipynb"), *(p for p in ROOT.glob("dreamllm_edu/**/*.py") if not p.name.startswith("_"))]:
+        for path in [
+            *ROOT.glob("nbs/*.ipynb"),
+            *(p for p in ROOT.glob("dreamllm_edu/**/*.py") if not p.name.startswith("_")),
+        ]:
             again = copy / path.relative_to(ROOT)
             if not again.exists() or again.read_bytes() != path.read_bytes():
                 wrong.append(f"{path.relative_to(ROOT)}: out of step; run make export")
@@ -79,7 +106,10 @@ def main():
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for path, seconds, error in pool.map(lambda p: run(p, args.keep), paths):
             failed += error is not None
-            print(f"{'FAILED' if error else 'ok':7}{path.name:28}{seconds:6.0f} s" + (f"\n{error}" if error else ""), flush=True)
+            print(
+                f"{'FAILED' if error else 'ok':7}{path.name:28}{seconds:6.0f} s" + (f"\n{error}" if error else ""),
+                flush=True,
+            )
     if args.keep:
         subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=ROOT, check=True)
     messages = [] if args.keep else in_step()

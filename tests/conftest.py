@@ -1,4 +1,6 @@
-"""A whole DreamLLM of a few hundred thousand random weights, made in seconds: what is tested is the code, not the shipped weights."""
+"""A whole DreamLLM of a few hundred thousand random weights, made in seconds: what is tested is the code, not the
+shipped weights."""
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,20 +19,25 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dreamllm_edu.data.world import World
-from dreamllm_edu.parts.diffusion import scheduler_config, unet_config, vae_config
 from dreamllm_edu.documents.document import Document
-from dreamllm_edu.parts.language import llama_config
 from dreamllm_edu.models.dreamllm.config import DreamLLMConfig
 from dreamllm_edu.models.dreamllm.model import DreamLLM
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
+from dreamllm_edu.parts.diffusion import scheduler_config, unet_config, vae_config
+from dreamllm_edu.parts.language import llama_config
 from dreamllm_edu.parts.tokenizer import train_tokenizer
-from dreamllm_edu.training.fit import fit
 from dreamllm_edu.parts.vision import clip_config
+from dreamllm_edu.training.fit import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 QUERIES, PATCHES, CONTEXT = 4, 16, 256
-SENTENCES = ["a red cat in Noto style:", " This is a blue dog.", "User: what is this?\nAssistant:", " one two three four five"]
+SENTENCES = [
+    "a red cat in Noto style:",
+    " This is a blue dog.",
+    "User: what is this?\nAssistant:",
+    " one two three four five",
+]
 
 
 def picture(seed=0, size=64, mode="RGB"):
@@ -42,10 +49,17 @@ def picture(seed=0, size=64, mode="RGB"):
 def make_tiny(seed=0, **options):
     torch.manual_seed(seed)
     clip = clip_config(vocab_size=300, hidden=32, layers=2, text_layers=1, heads=2)
-    return DreamLLM(DreamLLMConfig(
-        text_config=llama_config(vocab_size=300, hidden=32, layers=2, heads=2, ffn=64, context=CONTEXT), vision_config=clip.vision_config,
-        unet_config=unet_config(channels=(16, 32), latent_channels=4, condition=24, heads=2), vae_config=vae_config(channels=(8, 8, 8, 8), latent_channels=4),
-        scheduler_config=scheduler_config(), num_queries=QUERIES, **options)).eval()
+    return DreamLLM(
+        DreamLLMConfig(
+            text_config=llama_config(vocab_size=300, hidden=32, layers=2, heads=2, ffn=64, context=CONTEXT),
+            vision_config=clip.vision_config,
+            unet_config=unet_config(channels=(16, 32), latent_channels=4, condition=24, heads=2),
+            vae_config=vae_config(channels=(8, 8, 8, 8), latent_channels=4),
+            scheduler_config=scheduler_config(),
+            num_queries=QUERIES,
+            **options,
+        )
+    ).eval()
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +87,8 @@ def lessons():
 
 @pytest.fixture(scope="session")
 def trained(processor):
-    """The tiny model after it has learned the words of `lessons` by heart: it decides for itself where pictures come. Do not change it."""
+    """The tiny model after it has learned the words of `lessons` by heart: it decides for itself where pictures come.
+    Do not change it."""
     model, batch = make_tiny(), processor(lessons())
     words = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     pool = model.encode_images(processor.pixels([picture(i) for i in range(40)] + [Image.effect_noise((64, 64), 100)]))
@@ -93,7 +108,8 @@ def world():
 
 @contextmanager
 def full_disk(limit=4096):
-    """Within it no file can grow beyond `limit` bytes: the operating system itself refuses the write, as on a full disk."""
+    """Within it no file can grow beyond `limit` bytes: the operating system itself refuses the write, as on a full
+    disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -105,5 +121,17 @@ def full_disk(limit=4096):
 def run_command(*arguments, cwd, stdin=None, timeout=200):
     """`dreamllm-edu ARGUMENTS` in a process of its own, in a strange folder and without network."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", "import sys; from dreamllm_edu.app.cli import main; sys.exit(main())", *map(str, arguments)], cwd=cwd,
-                          input=stdin, capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from dreamllm_edu.app.cli import main; sys.exit(main())",
+            *map(str, arguments),
+        ],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+    )

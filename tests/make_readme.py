@@ -25,7 +25,8 @@ def readme():
             if "text/markdown" in output.get("data", {}):
                 parts.append(output["data"]["text/markdown"])
     text = "\n\n".join(part.strip() for part in parts) + "\n"
-    return re.sub(r"\]\((?=\d\d_|images/)", "](nbs/", text)
+    text = re.sub(r"\]\((?=[\w-]+\.ipynb|images/)", "](nbs/", text)
+    return re.sub(r'((?:src|srcset)=")(?=images/)', r"\1nbs/", text)
 
 
 if __name__ == "__main__":

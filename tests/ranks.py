@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import SENTENCES, PATCHES, QUERIES, CONTEXT, make_tiny
 from safetensors.torch import save_file
 from test_train import QUICK, some_corpora, stage, steps_of, texts_only
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -22,10 +21,18 @@ from dreamllm_edu.parts.tokenizer import train_tokenizer
 from dreamllm_edu.training.ranks import rank_and_world
 from dreamllm_edu.training.trainer import Trainer, save_trained_tensors
 
+from conftest import CONTEXT, PATCHES, QUERIES, SENTENCES, make_tiny
+
 
 def processor():
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    return DreamLLMProcessor(images, train_tokenizer(SENTENCES * 4, vocab_size=300), num_queries=QUERIES, num_patches=PATCHES, max_length=CONTEXT)
+    return DreamLLMProcessor(
+        images,
+        train_tokenizer(SENTENCES * 4, vocab_size=300),
+        num_queries=QUERIES,
+        num_patches=PATCHES,
+        max_length=CONTEXT,
+    )
 
 
 def corpora():
@@ -47,8 +54,16 @@ def keep_weights(trainer, path):
 def train_one(number, folder, strategy, trackers=(), samples=(), **options):
     """Five steps of a stage, or what is left of them after the checkpoint in `folder`."""
     family = DreamLLMFamily(make_tiny(), processor())
-    trainer = Trainer.of_stage(family, stage(number, batch=4), corpora(), folder, replace(settings(strategy), **options), progress=False,
-                               trackers=trackers, samples=samples)
+    trainer = Trainer.of_stage(
+        family,
+        stage(number, batch=4),
+        corpora(),
+        folder,
+        replace(settings(strategy), **options),
+        progress=False,
+        trackers=trackers,
+        samples=samples,
+    )
     trainer.train()
     keep_weights(trainer, folder / "weights.safetensors")
     return family, trainer
@@ -76,7 +91,10 @@ def second_step_spoilt():
     def sometimes(*args):
         calls.append(0)
         losses, zero = real(*args)
-        return ({**losses, "lm": losses["lm"] * float("nan")} if len(calls) == 2 and rank_and_world()[0] == 1 else losses), zero
+        return (
+            {**losses, "lm": losses["lm"] * float("nan")} if len(calls) == 2 and rank_and_world()[0] == 1 else losses
+        ), zero
+
     DreamLLMObjective.losses = sometimes
     try:
         yield
@@ -125,4 +143,6 @@ if __name__ == "__main__":
     dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # all is on disk; taking the interpreter down was once seen to abort in one of torch's threads, after the last job
+    os._exit(
+        0
+    )  # all is on disk; taking the interpreter down was once seen to abort in one of torch's threads, after the last job

@@ -1,4 +1,5 @@
 """The command line, end to end. A tiny random model, saved with its processor, takes the shipped one's place wherever that is enough."""
+
 import inspect
 import io
 import json
@@ -12,9 +13,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, full_disk, make_tiny, picture, run_command
 from PIL import Image
 from safetensors.torch import load_file
+from test_bad_input import parts_folder
 
 import dreamllm_edu.app.cli
 import dreamllm_edu.app.demo
@@ -33,10 +34,17 @@ from dreamllm_edu.files import write_tensors
 from dreamllm_edu.models.dreamllm.weights import load_trained, mini, save_trained
 from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS, encode_text
 from dreamllm_edu.training.stage import Stage
-from test_bad_input import parts_folder
 
-COMMANDS = {"demo": ["--out", "--n"], "pretrain": ["tokenizer", "judge", "--steps"], "train": ["--parts", "--steps", "--seed"], "plan": ["--gpus", "--gpu-memory", "--utilisation"], "generate": ["--model", "--guidance-scale", "--max-pictures"],
-            "evaluate": ["--trained", "--n"]}
+from conftest import ROOT, full_disk, make_tiny, picture, run_command
+
+COMMANDS = {
+    "demo": ["--out", "--n"],
+    "pretrain": ["tokenizer", "judge", "--steps"],
+    "train": ["--parts", "--steps", "--seed"],
+    "plan": ["--gpus", "--gpu-memory", "--utilisation"],
+    "generate": ["--model", "--guidance-scale", "--max-pictures"],
+    "evaluate": ["--trained", "--n"],
+}
 QUICK = ["--num-inference-steps", "1", "--max-new-tokens", "6"]
 
 
@@ -89,7 +97,9 @@ def test_every_option_says_what_it_does_and_its_default():
         for action in command._actions:
             assert action.help and len(action.help) > 5, f"{name} {action.dest}: no help"
             if type(action.default) in (int, float, str) and action.dest not in ("help",):
-                assert f"(default: {action.default})" in text, f"{name} --help does not tell the default of {action.dest}"
+                assert f"(default: {action.default})" in text, (
+                    f"{name} --help does not tell the default of {action.dest}"
+                )
 
 
 def test_help_loads_no_heavy_library():
@@ -97,8 +107,22 @@ def test_help_loads_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [[], ["dream"], ["generate"], ["pretrain", "everything"], ["train", "--scale", "huge"], ["train", "--steps"], ["train", "--steps", "1", "-2", "3"],
-                                       ["pretrain", "vae", "--steps", "0"], ["pretrain", "vae", "--steps", "x"], ["generate", "a.md", "--seed", "x"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dream"],
+        ["generate"],
+        ["pretrain", "everything"],
+        ["train", "--scale", "huge"],
+        ["train", "--steps"],
+        ["train", "--steps", "1", "-2", "3"],
+        ["pretrain", "vae", "--steps", "0"],
+        ["pretrain", "vae", "--steps", "x"],
+        ["generate", "a.md", "--seed", "x"],
+    ],
+    ids=" ".join,
+)
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -118,17 +142,27 @@ def test_defaults_are_the_documented_ones():
 def test_generate_end_to_end(tmp_path, model):
     """In a process of its own, from a strange folder: Markdown with a picture, a wish and an escaped marker in, JSONL out."""
     picture(1).save(tmp_path / "cat.png")
-    (tmp_path / "prompt.md").write_text("cat: ![a cat](cat.png) a \\<dream> typed, and one wished: <dream>dog:", encoding="utf8")
-    run = run_command("generate", "prompt.md", "--model", model, "--out", "deep/out.jsonl", "--seed", "3", *QUICK, cwd=tmp_path)
+    (tmp_path / "prompt.md").write_text(
+        "cat: ![a cat](cat.png) a \\<dream> typed, and one wished: <dream>dog:", encoding="utf8"
+    )
+    run = run_command(
+        "generate", "prompt.md", "--model", model, "--out", "deep/out.jsonl", "--seed", "3", *QUICK, cwd=tmp_path
+    )
     assert run.returncode == 0, run.stderr
     (document,) = read_jsonl(tmp_path / "deep" / "out.jsonl")
     assert [type(p) is str for p in document.parts[:5]] == [True, False, True, False, True] and document.given == 5
-    assert document.parts[0] == "cat: " and document.parts[2] == " a <dream> typed, and one wished: " and document.parts[4] == "dog:"
+    assert (
+        document.parts[0] == "cat: "
+        and document.parts[2] == " a <dream> typed, and one wished: "
+        and document.parts[4] == "dog:"
+    )
     assert document.parts[1].tobytes() == picture(1).tobytes() and document.parts[3].size == (64, 64)
     assert len(document.parts) > 5, "after `dog:` the tiny model goes on by itself"
     assert "[picture]" in run.stdout and "deep/out.jsonl" in run.stdout and "Traceback" not in run.stderr
     again = run_command("generate", "deep/out.jsonl", "--model", model, "--out", "page.html", *QUICK, cwd=tmp_path)
-    assert again.returncode == 0 and (tmp_path / "page.html").read_text().count("<img ") >= 2, "what it writes, it can read and continue"
+    assert again.returncode == 0 and (tmp_path / "page.html").read_text().count("<img ") >= 2, (
+        "what it writes, it can read and continue"
+    )
 
 
 def test_generate_from_standard_input(tmp_path, model, monkeypatch, capsys):
@@ -141,18 +175,44 @@ def test_generate_from_standard_input(tmp_path, model, monkeypatch, capsys):
 def test_generate_is_repeatable_and_follows_its_options(tmp_path, model, capsys):
     write_jsonl([Document(["cat:"]), Document(["dog:"])], tmp_path / "in.jsonl")
     def ask(*options):
-        assert main(["generate", str(tmp_path / "in.jsonl"), "--model", str(model), "--out", str(tmp_path / "o.jsonl"), "--num-inference-steps", "1", *options]) == 0
+        assert (
+            main(
+                [
+                    "generate",
+                    str(tmp_path / "in.jsonl"),
+                    "--model",
+                    str(model),
+                    "--out",
+                    str(tmp_path / "o.jsonl"),
+                    "--num-inference-steps",
+                    "1",
+                    *options,
+                ]
+            )
+            == 0
+        )
         return read_jsonl(tmp_path / "o.jsonl")
     one = ask("--max-new-tokens", "8")
     assert one == ask("--max-new-tokens", "8") != ask("--max-new-tokens", "8", "--seed", "5")
-    assert sum(len(d.pictures) for d in one) >= 1 and not any(d.pictures for d in ask("--max-new-tokens", "8", "--max-pictures", "0"))
+    assert sum(len(d.pictures) for d in one) >= 1 and not any(
+        d.pictures for d in ask("--max-new-tokens", "8", "--max-pictures", "0")
+    )
     assert [d.parts for d in ask("--max-new-tokens", "0")] == [["cat:"], ["dog:"]]
 
 
-BAD_DOCUMENTS = {"gone.md": (None, "no such file"), "empty.md": (b"", "empty"), "binary.md": (b"\x89PNG\r\n\x1a\n\xff\xfe", "binary.md"), "web.md": (b"![](https://example.org/a.png)", "not fetched"),
-                 "lost.md": (b"see ![](gone.png)", "gone.png"), "empty.jsonl": (b"\n\n", "empty.jsonl"), "bad.jsonl": (b'{"parts": [{"text": "a"}]}\nnonsense\n', "bad.jsonl:2"),
-                 "cut.jsonl": (b'{"parts": [{"text": "a"', "cut.jsonl:1"), "no-parts.jsonl": (b'{"parts": []}', "empty"), "long.md": (b"word " * 3000, "context holds"),
-                 "many.md": (b"<dream>" * 60, "context holds")}
+BAD_DOCUMENTS = {
+    "gone.md": (None, "no such file"),
+    "empty.md": (b"", "empty"),
+    "binary.md": (b"\x89PNG\r\n\x1a\n\xff\xfe", "binary.md"),
+    "web.md": (b"![](https://example.org/a.png)", "not fetched"),
+    "lost.md": (b"see ![](gone.png)", "gone.png"),
+    "empty.jsonl": (b"\n\n", "empty.jsonl"),
+    "bad.jsonl": (b'{"parts": [{"text": "a"}]}\nnonsense\n', "bad.jsonl:2"),
+    "cut.jsonl": (b'{"parts": [{"text": "a"', "cut.jsonl:1"),
+    "no-parts.jsonl": (b'{"parts": []}', "empty"),
+    "long.md": (b"word " * 3000, "context holds"),
+    "many.md": (b"<dream>" * 60, "context holds"),
+}
 
 
 @pytest.mark.parametrize("name", BAD_DOCUMENTS)
@@ -171,19 +231,28 @@ def test_bad_pictures_in_documents(tmp_path, model, capsys):
     (tmp_path / "text.png").write_text("no picture")
     for name in ("cut.png", "text.png"):
         (tmp_path / "a.md").write_text(f"see ![]({name})")
-        refused(["generate", tmp_path / "a.md", "--model", model, "--out", tmp_path / "o.md", *QUICK], capsys, name, "not a readable picture")
+        refused(
+            ["generate", tmp_path / "a.md", "--model", model, "--out", tmp_path / "o.md", *QUICK],
+            capsys,
+            name,
+            "not a readable picture",
+        )
 
 
 def test_a_bad_file_in_a_real_process(tmp_path):
     run = run_command("generate", "gone.md", "--out", "new/answer.html", cwd=tmp_path)
     assert not list(tmp_path.iterdir()), "no folder for an answer that never comes"
     assert run.returncode == 1 and "Traceback" not in run.stderr and run.stdout == ""
-    assert run.stderr.strip().splitlines() == [next(line for line in run.stderr.splitlines() if line.startswith("dreamllm-edu: gone.md"))]
+    assert run.stderr.strip().splitlines() == [
+        next(line for line in run.stderr.splitlines() if line.startswith("dreamllm-edu: gone.md"))
+    ]
 
 
 def test_bad_models(tmp_path, capsys, model):
     (tmp_path / "a.md").write_text("cat:")
-    ask = lambda folder, *words: refused(["generate", tmp_path / "a.md", "--model", folder, "--out", tmp_path / "o.md", *QUICK], capsys, *words)
+    ask = lambda folder, *words: refused(
+        ["generate", tmp_path / "a.md", "--model", folder, "--out", tmp_path / "o.md", *QUICK], capsys, *words
+    )
     ask(tmp_path / "gone", "gone")
     ask("some-hub/name", "some-hub/name")
     broken = tmp_path / "broken"
@@ -194,8 +263,19 @@ def test_bad_models(tmp_path, capsys, model):
     ask(broken, "broken", "damaged or cut off")
 
 
-@pytest.mark.parametrize("options,word", [(["--out", "a.pdf"], ".html, .md or .jsonl"), (["--top-p", "0"], "top_p"), (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"),
-                                          (["--num-inference-steps", "0"], "num_inference_steps"), (["--max-new-tokens", "-1"], "max_new_tokens"), (["--guidance-scale", "-2"], "guidance_scale")], ids=str)
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        (["--out", "a.pdf"], ".html, .md or .jsonl"),
+        (["--top-p", "0"], "top_p"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--num-inference-steps", "0"], "num_inference_steps"),
+        (["--max-new-tokens", "-1"], "max_new_tokens"),
+        (["--guidance-scale", "-2"], "guidance_scale"),
+    ],
+    ids=str,
+)
 def test_bad_options(options, word, tmp_path, model, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.md").write_text("cat:<dream>")
@@ -209,7 +289,9 @@ def test_a_full_disk_keeps_the_old_page(name, tmp_path, model, capsys):
     (tmp_path / name).write_text("old")
     with full_disk(1000):
         refused(["generate", tmp_path / "a.md", "--model", model, "--out", tmp_path / name, *QUICK], capsys)
-    assert (tmp_path / name).read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.md", name])
+    assert (tmp_path / name).read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["a.md", name]
+    )
 
 
 def test_ctrl_c_ends_with_130(tmp_path, model, capsys, monkeypatch):
@@ -230,18 +312,32 @@ def test_pretrain_tokenizer_end_to_end(tmp_path):
     assert len(tokenizer) == 4096 and [tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS] == list(range(9))
     text = "red apple in Noto style: <dream> 日本 \n"
     ids = encode_text(tokenizer, text)
-    assert tokenizer.decode(ids) == text and min(ids) > 8 and len(encode_text(tokenizer, "red apple in Noto style")) <= 8
+    assert (
+        tokenizer.decode(ids) == text and min(ids) > 8 and len(encode_text(tokenizer, "red apple in Noto style")) <= 8
+    )
 
 
 def test_pretrain_says_what_is_missing(tmp_path, capsys):
-    refused(["pretrain", "unet", "--out", tmp_path / "p", "--runs", tmp_path / "w"], capsys, "unet needs tokenizer, clip, vae", "pretrain them first")
-    refused(["pretrain", "clip", "--out", tmp_path / "p", "--runs", tmp_path / "w"], capsys, "clip needs tokenizer", "pretrain it first")
+    refused(
+        ["pretrain", "unet", "--out", tmp_path / "p", "--runs", tmp_path / "w"],
+        capsys,
+        "unet needs tokenizer, clip, vae",
+        "pretrain them first",
+    )
+    refused(
+        ["pretrain", "clip", "--out", tmp_path / "p", "--runs", tmp_path / "w"],
+        capsys,
+        "clip needs tokenizer",
+        "pretrain it first",
+    )
 
 
 def test_compile_is_asked_of_the_unet_alone(tmp_path, monkeypatch):
     asked = {}
     for name in ("pretrain_unet", "pretrain_vae"):
-        monkeypatch.setattr(dreamllm_edu.pretraining, name, lambda out, name=name, **options: asked.update({name: options}))
+        monkeypatch.setattr(
+            dreamllm_edu.pretraining, name, lambda out, name=name, **options: asked.update({name: options})
+        )
     for need in ("tokenizer", "clip", "vae"):
         (tmp_path / "p" / need).mkdir(parents=True)
     for part in ("unet", "vae"):
@@ -255,7 +351,19 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     """A real signal to a real process; the judge is the part that needs no other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background job would ignore the signal
-    command = [sys.executable, "-c", start + "from dreamllm_edu.app.cli import main; sys.exit(main())", "pretrain", "judge", "--out", "parts", "--runs", "work", "--steps", "60"]
+    command = [
+        sys.executable,
+        "-c",
+        start + "from dreamllm_edu.app.cli import main; sys.exit(main())",
+        "pretrain",
+        "judge",
+        "--out",
+        "parts",
+        "--runs",
+        "work",
+        "--steps",
+        "60",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=environment)
     seen = b""
     while not re.search(rb"judge:.* [1-9]\d*/60", seen):  # the bar does not show every step
@@ -265,7 +373,10 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     process.send_signal(signal.SIGINT)
     seen += process.stderr.read()
     assert process.wait(120) == 130 and b"Traceback" not in seen
-    assert re.search(rb"dreamllm-edu: judge stopped after \d+ of 60 steps; run the same command again to go on from work/judge/state\.pt", seen)
+    assert re.search(
+        rb"dreamllm-edu: judge stopped after \d+ of 60 steps; run the same command again to go on from work/judge/state\.pt",
+        seen,
+    )
     made = torch.load(tmp_path / "work" / "judge" / "state.pt", weights_only=True)["step"]
     assert 1 <= made < 60 and not (tmp_path / "parts" / "judge").exists()
     assert len((tmp_path / "work" / "judge" / "log.jsonl").read_text().splitlines()) == made
@@ -276,7 +387,11 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     assert [row["step"] for row in log] == list(range(60)), "it went on where it stopped"
     assert (tmp_path / "parts" / "judge" / "model.safetensors").stat().st_size > 1_000_000
     record = json.loads((tmp_path / "parts" / "pretraining.json").read_text())
-    assert record.keys() == {"judge"} and record["judge"]["steps"] == 60 and record["judge"]["seconds"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+    assert (
+        record.keys() == {"judge"}
+        and record["judge"]["steps"] == 60
+        and record["judge"]["seconds"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+    )
 
 
 @pytest.mark.parametrize("part", ["clip", "unet", "all"])
@@ -285,7 +400,12 @@ def test_a_folder_to_go_on_from_that_is_not_there(part, tmp_path, capsys):
         (tmp_path / "p" / need).mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     for init in ["nowhere"] + ["empty"] * (part != "all"):
-        refused(["pretrain", part, "--init", tmp_path / init, "--out", tmp_path / "p", "--runs", tmp_path / "w"], capsys, init, "pretrain wrote")
+        refused(
+            ["pretrain", part, "--init", tmp_path / init, "--out", tmp_path / "p", "--runs", tmp_path / "w"],
+            capsys,
+            init,
+            "pretrain wrote",
+        )
 
 
 def test_the_record_of_several_trainings_adds_their_seconds_and_keeps_other_parts(tmp_path):
@@ -293,7 +413,10 @@ def test_the_record_of_several_trainings_adds_their_seconds_and_keeps_other_part
     keep = dreamllm_edu.pretraining.keep_record
     keep(tmp_path / "r.json", "clip", rows(1.0, 2.0, 3.0) + rows(0.5, 1.5))
     keep(tmp_path / "r.json", "vae", rows(7.0))
-    assert json.loads((tmp_path / "r.json").read_text()) == {"clip": {"steps": 5, "seconds": 4.5}, "vae": {"steps": 1, "seconds": 7.0}}
+    assert json.loads((tmp_path / "r.json").read_text()) == {
+        "clip": {"steps": 5, "seconds": 4.5},
+        "vae": {"steps": 1, "seconds": 7.0},
+    }
 
 
 def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
@@ -302,16 +425,37 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     processor.tokenizer.save_pretrained(tmp_path / "parts" / "tokenizer")
     names = {"cat", "dog", "rose", "bus", "key"}
     monkeypatch.setattr(dreamllm_edu.training.mixture, "World", lambda: world)
-    monkeypatch.setattr(world, "concepts", [c for c in world.concepts if c["name"] in names or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))])
+    monkeypatch.setattr(
+        world,
+        "concepts",
+        [
+            c
+            for c in world.concepts
+            if c["name"] in names
+            or any(up["name"] in ("citrus", "feline", "footwear") for up in c.get("hypernyms", []))
+        ],
+    )
     scenes = data.scene_list(world, "train")[::40]
     monkeypatch.setattr(data.tasks, "scene_list", lambda world, split, seed=0: scenes)
     small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.stage.STAGES["mini"]]
     steps = [2] + [1] * (len(small) - 1)
-    arguments = ["train", "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out"), "--steps", *map(str, steps), "--seed", "4"]
+    arguments = [
+        "train",
+        "--parts",
+        str(tmp_path / "parts"),
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        *map(str, steps),
+        "--seed",
+        "4",
+    ]
     monkeypatch.setitem(dreamllm_edu.training.stage.STAGES, "mini", tuple(small))
     assert main(arguments) == 0
     out = tmp_path / "out"
-    assert {s.name for s in small} == {p.parent.name for p in out.glob("*/state.pt")} and len({p.name for p in out.glob("*.safetensors")}) == len(small) + 1
+    assert {s.name for s in small} == {p.parent.name for p in out.glob("*/state.pt")} and len(
+        {p.name for p in out.glob("*.safetensors")}
+    ) == len(small) + 1
     fresh = mini(trained=False, parts=tmp_path / "parts")
     before = fresh.dream_queries.weight.clone()
     load_trained(fresh, out / "trained.safetensors")
@@ -319,7 +463,11 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     first = (out / "trained.safetensors").read_bytes()
     made = json.loads((out / "training.json").read_text())
     assert [made[s.name]["steps"] for s in small] == steps and all(m["seconds"] > 0 for m in made.values())
-    assert main(arguments) == 0 and (out / "trained.safetensors").read_bytes() == first and json.loads((out / "training.json").read_text()) == made
+    assert (
+        main(arguments) == 0
+        and (out / "trained.safetensors").read_bytes() == first
+        and json.loads((out / "training.json").read_text()) == made
+    )
     assert str(out / "trained.safetensors") in capsys.readouterr().out
 
 
@@ -337,7 +485,9 @@ def test_train_without_parts(tmp_path, capsys):
 
 def test_shipped_miniature_end_to_end(tmp_path):
     (tmp_path / "owl.md").write_text("owl in Noto style:<dream>")
-    run = run_command("generate", "owl.md", "--out", "owl.md", "--num-inference-steps", "4", "--max-new-tokens", "0", cwd=tmp_path)
+    run = run_command(
+        "generate", "owl.md", "--out", "owl.md", "--num-inference-steps", "4", "--max-new-tokens", "0", cwd=tmp_path
+    )
     assert run.returncode == 0, run.stderr
     document = document_from_markdown((tmp_path / "owl.md").read_text())
     assert document.texts == ["owl in Noto style:"] and document.pictures[0].size == (64, 64)
@@ -345,7 +495,11 @@ def test_shipped_miniature_end_to_end(tmp_path):
 
 def test_evaluate_refuses_a_missing_checkpoint_before_measuring(tmp_path, capsys):
     began = time.process_time()
-    refused(["evaluate", "--trained", tmp_path / "gone.safetensors", "--out", tmp_path / "m.json"], capsys, "gone.safetensors")
+    refused(
+        ["evaluate", "--trained", tmp_path / "gone.safetensors", "--out", tmp_path / "m.json"],
+        capsys,
+        "gone.safetensors",
+    )
     assert time.process_time() - began < 30 and not (tmp_path / "m.json").exists()
 
 
@@ -357,13 +511,25 @@ def test_weights_are_measured_on_the_parts_that_they_were_trained_on(tmp_path, m
     save_trained(model, tmp_path / "t.safetensors")
     asked = []
     monkeypatch.setattr(dreamllm_edu.evaluation.judge, "load_judge", lambda folder: None)
-    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "full_measure", lambda *a, parts, **k: asked.append(parts) or ({}, {}))
+    monkeypatch.setattr(
+        dreamllm_edu.evaluation.suite, "full_measure", lambda *a, parts, **k: asked.append(parts) or ({}, {})
+    )
     command = ["evaluate", "--trained", tmp_path / "t.safetensors", "--out", tmp_path / "m.json", "--parts"]
     refused([*command, tmp_path / "parts5"], capsys, "t.safetensors was trained on other parts", "--parts")
-    refused(["train", "--init", tmp_path / "t.safetensors", "--out", tmp_path / "out", "--parts", tmp_path / "parts5"], capsys, "was trained on other parts")
+    refused(
+        ["train", "--init", tmp_path / "t.safetensors", "--out", tmp_path / "out", "--parts", tmp_path / "parts5"],
+        capsys,
+        "was trained on other parts",
+    )
     assert not asked and not (tmp_path / "m.json").exists() and not (tmp_path / "out").exists()
-    assert main([*map(str, command), str(tmp_path / "parts4")]) == 0 and asked == [tmp_path / "parts4"] and (tmp_path / "m.json").exists()
-    write_tensors(tmp_path / "t.safetensors", load_file(tmp_path / "t.safetensors"))  # as older versions wrote it, without a word about its parts: believed
+    assert (
+        main([*map(str, command), str(tmp_path / "parts4")]) == 0
+        and asked == [tmp_path / "parts4"]
+        and (tmp_path / "m.json").exists()
+    )
+    write_tensors(
+        tmp_path / "t.safetensors", load_file(tmp_path / "t.safetensors")
+    )  # as older versions wrote it, without a word about its parts: believed
     assert main([*map(str, command), str(tmp_path / "parts5")]) == 0
 
 
@@ -383,7 +549,9 @@ def test_plan_says_what_fits_and_what_does_not(capsys):
 def test_a_folder_without_parts_is_named(command, tmp_path, capsys):
     assert main([command, "--parts", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
-    assert "nowhere: no pretrained parts there" in said and "dreamllm-edu pretrain all" in said and "Repo id" not in said
+    assert (
+        "nowhere: no pretrained parts there" in said and "dreamllm-edu pretrain all" in said and "Repo id" not in said
+    )
 
 
 def test_ctrl_c_while_features_are_computed_says_what_is_kept(processor, world, monkeypatch):
@@ -408,12 +576,22 @@ def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
     (tmp_path / "a.md").write_text("cat:")
-    assert main(["generate", str(tmp_path / "a.md"), "--out", str(tmp_path / "o.md")]) == 130 and "stopped" in capsys.readouterr().err
+    assert (
+        main(["generate", str(tmp_path / "a.md"), "--out", str(tmp_path / "o.md")]) == 130
+        and "stopped" in capsys.readouterr().err
+    )
 
 
 def test_a_missing_part_is_named(tmp_path):
     from dreamllm_edu.parts.loading import parts_folder
-    for part, file in (("tokenizer", "tokenizer.json"), ("language", "config.json"), ("clip", "config.json"), ("vae", "config.json"), ("unet", "config.json")):
+
+    for part, file in (
+        ("tokenizer", "tokenizer.json"),
+        ("language", "config.json"),
+        ("clip", "config.json"),
+        ("vae", "config.json"),
+        ("unet", "config.json"),
+    ):
         (tmp_path / part).mkdir()
         (tmp_path / part / file).write_text("{}")
     with pytest.raises(ValueError, match="the part scheduler is missing; make it with dreamllm-edu pretrain unet"):
@@ -426,7 +604,19 @@ def test_a_missing_part_is_named(tmp_path):
 def test_a_long_list_is_written_in_pieces_and_what_is_ready_is_kept(model, tmp_path, capsys, monkeypatch):
     prompts = [Document([text]) for text in ("cat:", "dog:", "a cat", "two", "cat: a")]
     write_jsonl(prompts, tmp_path / "p.jsonl")
-    ask = lambda name: main(["generate", str(tmp_path / "p.jsonl"), "--model", str(model), "--temperature", "1.5", "--out", str(tmp_path / name), *QUICK])
+    ask = lambda name: main(
+        [
+            "generate",
+            str(tmp_path / "p.jsonl"),
+            "--model",
+            str(model),
+            "--temperature",
+            "1.5",
+            "--out",
+            str(tmp_path / name),
+            *QUICK,
+        ]
+    )
     assert ask("whole.jsonl") == 0
     monkeypatch.setattr(dreamllm_edu.app.cli, "BATCH", 2)
     assert ask("pieces.jsonl") == 0
@@ -449,8 +639,15 @@ def test_a_long_list_is_written_in_pieces_and_what_is_ready_is_kept(model, tmp_p
 def test_a_reader_who_leaves_early_does_not_cost_the_document(model, tmp_path):
     (tmp_path / "p.md").write_text("dog:\n")
     start = "import sys; from dreamllm_edu.app.cli import main; sys.stdin.read(); sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", start, "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK], cwd=tmp_path, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK],
+        cwd=tmp_path,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
     process.stdout.close()  # before the first word comes
     process.stdin.close()
     error = process.stderr.read()
@@ -460,8 +657,24 @@ def test_a_reader_who_leaves_early_does_not_cost_the_document(model, tmp_path):
 
 def test_a_terminal_without_the_letters_costs_no_document(model, tmp_path):
     (tmp_path / "p.md").write_text("dog:")
-    command = [sys.executable, "-c", "import sys; from dreamllm_edu.app.cli import main, say; code = main(); say('\\N{SNOWMAN}'); sys.exit(code)", "generate", "p.md", "--model", str(model), "--out", "d.md", *QUICK]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"})
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from dreamllm_edu.app.cli import main, say; code = main(); say('\\N{SNOWMAN}'); sys.exit(code)",
+        "generate",
+        "p.md",
+        "--model",
+        str(model),
+        "--out",
+        "d.md",
+        *QUICK,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 0 and done.stdout.rstrip().endswith(b"?"), done.stderr
 
 

@@ -1,4 +1,5 @@
 """Corpora in their published forms: what is read, what is refused, and that nothing shifts, is lost or is read twice."""
+
 import gzip
 import io
 import itertools
@@ -13,7 +14,6 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import picture
 
 from dreamllm_edu.data import readers as c
 from dreamllm_edu.data import shards
@@ -22,6 +22,8 @@ from dreamllm_edu.data.shards import json_items
 from dreamllm_edu.data.tasks import load, to_document
 from dreamllm_edu.data.world import World
 from dreamllm_edu.models.dreamllm.official import interleaved_document
+
+from conftest import picture
 
 
 def png(seed=0):
@@ -108,8 +110,15 @@ def test_check_looks_without_decoding(images):
 
 def test_a_record_learns_what_is_not_given():
     assert c.Record(["a", "b", "c"], 2).learn == [False, False, True]
-    for bad in (dict(parts=[]), dict(parts=[3]), dict(parts=["a"], given=2), dict(parts=["a"], given=-1), dict(parts=["a"], learn=[]),
-                dict(parts=["a", "b"], given=1, learn=[True, True]), dict(parts=["\ud800"])):
+    for bad in (
+        dict(parts=[]),
+        dict(parts=[3]),
+        dict(parts=["a"], given=2),
+        dict(parts=["a"], given=-1),
+        dict(parts=["a"], learn=[]),
+        dict(parts=["a", "b"], given=1, learn=[True, True]),
+        dict(parts=["\ud800"]),
+    ):
         with pytest.raises(ValueError):
             c.Record(**bad)
 
@@ -128,11 +137,23 @@ def test_lists_are_read_in_any_pieces():
             assert list(json_items(io.BytesIO(b"\xef\xbb\xbf" + data), piece)) == whole  # a byte order mark
 
 
-@pytest.mark.parametrize("text, expected", [
-    ('[{"a": 1}, {"a": }, {"a": 3}]', "r-r"), ('[{"a": 1}, nope, {"a": 3}]', "r-r"), ('[{"a": 1}, {"a": [}, {"a": 3}]', "r--"),
-    ('[{"a": 1}, {"a"', "r-"),
-    ('[{"a": 1},', "r-"), ("", "-"), ('{"a": 1}', "r"), ('{"a": 1}\n{"a": 2}', "rr"), ('[{"a": 1}] more', "r-"), ('[{"a": 1}}, {"a": 2}]', "r-r"),
-    ("[" * 100_000, "-"), ("[]", "")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('[{"a": 1}, {"a": }, {"a": 3}]', "r-r"),
+        ('[{"a": 1}, nope, {"a": 3}]', "r-r"),
+        ('[{"a": 1}, {"a": [}, {"a": 3}]', "r--"),
+        ('[{"a": 1}, {"a"', "r-"),
+        ('[{"a": 1},', "r-"),
+        ("", "-"),
+        ('{"a": 1}', "r"),
+        ('{"a": 1}\n{"a": 2}', "rr"),
+        ('[{"a": 1}] more', "r-"),
+        ('[{"a": 1}}, {"a": 2}]', "r-r"),
+        ("[" * 100_000, "-"),
+        ("[]", ""),
+    ],
+)
 def test_damaged_json(text, expected):
     for piece in (1, 5, 10_000) if len(text) < 1000 else (10_000,):
         found = list(json_items(io.BytesIO(text.encode()), piece))
@@ -149,16 +170,21 @@ def test_a_huge_record_is_passed_over(tmp_path, monkeypatch):
     found = read_all(corpus)
     assert shape(found) == "r-r" and "1,000 bytes" in str(found[1]) and found[2].parts[-1] == " numbers 0 2"
     (tmp_path / "list.json").write_text("[" + ",".join([lines[0], huge, lines[2]]) + "]")
-    assert shape(read_all(c.llava("list", tmp_path / "list.json"))) in ("r-", "rrr")  # the list is read in larger pieces
+    assert shape(read_all(c.llava("list", tmp_path / "list.json"))) in (
+        "r-",
+        "rrr",
+    )  # the list is read in larger pieces
 
 
 # ---- LLaVA -------------------------------------------------------------------------------------------------------------------------
 
 
-LLAVA = [{"id": "0", "image": "0.png", "conversations": turns("<image>\nWhat?", "A fox.", "Sure? <dream>", "Yes, <image>.")},
-         {"id": "1", "image": "sub/a.png", "conversations": turns("Describe it.\n<image>", "It is small.")},
-         {"id": "2", "conversations": turns("Is <image> a word?", "Yes.")},
-         {"id": "3", "image": ["1.png", "2.png"], "conversations": turns("<image> or <image>?", "The first.")}]
+LLAVA = [
+    {"id": "0", "image": "0.png", "conversations": turns("<image>\nWhat?", "A fox.", "Sure? <dream>", "Yes, <image>.")},
+    {"id": "1", "image": "sub/a.png", "conversations": turns("Describe it.\n<image>", "It is small.")},
+    {"id": "2", "conversations": turns("Is <image> a word?", "Yes.")},
+    {"id": "3", "image": ["1.png", "2.png"], "conversations": turns("<image> or <image>?", "The first.")},
+]
 
 
 def test_llava_parts(images, tmp_path):
@@ -167,24 +193,53 @@ def test_llava_parts(images, tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(LLAVA[half:]))
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, LLAVA)))
     found = read_all(c.llava("chat", [tmp_path / "a.json", tmp_path / "b.json"], images))
-    assert [record.parts for record in read_all(c.llava("chat", tmp_path / "c.jsonl", images))] == [record.parts for record in found]
+    assert [record.parts for record in read_all(c.llava("chat", tmp_path / "c.jsonl", images))] == [
+        record.parts for record in found
+    ]
     at = lambda name: c.Picture(str(images / name), "")
-    assert found[0].parts == ["User: ", at("0.png"), "\nWhat?\nAssistant:", " A fox.\n", "User: Sure? <dream>\nAssistant:", " Yes, <image>."]
+    assert found[0].parts == [
+        "User: ",
+        at("0.png"),
+        "\nWhat?\nAssistant:",
+        " A fox.\n",
+        "User: Sure? <dream>\nAssistant:",
+        " Yes, <image>.",
+    ]
     assert found[0].given == 3 and found[0].learn == [False, False, False, True, False, True]
-    assert found[1].parts == ["User: Describe it.\n", at("sub/a.png"), "\nAssistant:", " It is small."] and found[1].given == 3
+    assert (
+        found[1].parts == ["User: Describe it.\n", at("sub/a.png"), "\nAssistant:", " It is small."]
+        and found[1].given == 3
+    )
     assert found[2].parts == ["User: Is <image> a word?\nAssistant:", " Yes."] and found[2].given == 1
     assert found[3].parts == ["User: ", at("1.png"), " or ", at("2.png"), "?\nAssistant:", " The first."]
     document = found[0].document()
-    assert document.given == 3 and document.pictures[0].tobytes() == picture(0, 16).tobytes() and document.name == found[0].name
+    assert (
+        document.given == 3
+        and document.pictures[0].tobytes() == picture(0, 16).tobytes()
+        and document.name == found[0].name
+    )
 
 
-BAD_LLAVA = {"traversal": {"image": "../secret.png"}, "inside": {"image": "sub/../../secret.png"}, "absolute": {"image": "/etc/passwd"},
-             "chain": {"image": "a::http://x/y"}, "backslash": {"image": "..\\secret.png"}, "address": {"image": "http://x/y.png"},
-             "number": {"image": 7}, "nul": {"image": "a\0.png"}, "no turns": {"conversations": []}, "text": {"conversations": "hello"},
-             "role": {"conversations": [{"from": ["human"], "value": "a"}]}, "turn": {"conversations": ["a", "b"]},
-             "order": {"conversations": turns("a", "b") + turns("c", "d")[1:]}, "value": {"conversations": [{"from": "human", "value": 3}]},
-             "marks": {"conversations": turns("no placeholder", "a")}, "more marks": {"conversations": turns("<image> <image>", "a")},
-             "empty answer": {"conversations": turns("<image>", " ")}, "surrogate": {"conversations": turns("<image>", "\ud800")}}
+BAD_LLAVA = {
+    "traversal": {"image": "../secret.png"},
+    "inside": {"image": "sub/../../secret.png"},
+    "absolute": {"image": "/etc/passwd"},
+    "chain": {"image": "a::http://x/y"},
+    "backslash": {"image": "..\\secret.png"},
+    "address": {"image": "http://x/y.png"},
+    "number": {"image": 7},
+    "nul": {"image": "a\0.png"},
+    "no turns": {"conversations": []},
+    "text": {"conversations": "hello"},
+    "role": {"conversations": [{"from": ["human"], "value": "a"}]},
+    "turn": {"conversations": ["a", "b"]},
+    "order": {"conversations": turns("a", "b") + turns("c", "d")[1:]},
+    "value": {"conversations": [{"from": "human", "value": 3}]},
+    "marks": {"conversations": turns("no placeholder", "a")},
+    "more marks": {"conversations": turns("<image> <image>", "a")},
+    "empty answer": {"conversations": turns("<image>", " ")},
+    "surrogate": {"conversations": turns("<image>", "\ud800")},
+}
 
 
 @pytest.mark.parametrize("kind", BAD_LLAVA)
@@ -202,7 +257,10 @@ NO_UTF8 = b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", 
 @pytest.mark.parametrize("bad", [b"7", b'"text"', b"null", b"[1, 2]", NO_UTF8])
 def test_llava_refuses_what_is_no_record(bad, tmp_path):
     good = json.dumps(LLAVA[2]).encode()
-    for name, data in (("a.json", b"[" + good + b"," + bad + b"," + good + b"]"), ("a.jsonl", good + b"\n" + bad + b"\n\n" + good)):
+    for name, data in (
+        ("a.json", b"[" + good + b"," + bad + b"," + good + b"]"),
+        ("a.jsonl", good + b"\n" + bad + b"\n\n" + good),
+    ):
         (tmp_path / name).write_bytes(data)
         assert shape(read_all(c.llava("chat", tmp_path / name))) == "r-r", name
 
@@ -231,7 +289,9 @@ def pair(i, **meta):
 
 
 def tars(folder, n=3, each=8):
-    return [write_tar(folder / f"{s:05d}.tar", [file for i in range(each) for file in pair(s * each + i)]) for s in range(n)]
+    return [
+        write_tar(folder / f"{s:05d}.tar", [file for i in range(each) for file in pair(s * each + i)]) for s in range(n)
+    ]
 
 
 def test_laion_pairs(tmp_path):
@@ -258,11 +318,18 @@ def test_laion_captions_and_limits(tmp_path):
     assert shape(read_all(c.laion("x", path, min_similarity=0.3))) == "rrr-r"
 
 
-BAD_PAIRS = {"no caption": pair(1)[:1], "no picture": pair(1)[1:], "empty caption": [pair(1)[0], ("000000001.txt", b" ")],
-             "empty picture": [("000000001.png", b""), pair(1)[1]], "two pictures": pair(1) + [("000000001.jpg", b"x")],
-             "key twice": pair(1)[:2] + pair(1)[:2], "bad utf8": [pair(1)[0], ("000000001.txt", b"\xff\xfe")],
-             "caption null": [pair(1)[0], ("000000001.json", b'{"caption": null}')], "bad json": [pair(1)[0], ("000000001.json", b"{")],
-             "json list": [pair(1)[0], ("000000001.json", b"[1]")]}
+BAD_PAIRS = {
+    "no caption": pair(1)[:1],
+    "no picture": pair(1)[1:],
+    "empty caption": [pair(1)[0], ("000000001.txt", b" ")],
+    "empty picture": [("000000001.png", b""), pair(1)[1]],
+    "two pictures": pair(1) + [("000000001.jpg", b"x")],
+    "key twice": pair(1)[:2] + pair(1)[:2],
+    "bad utf8": [pair(1)[0], ("000000001.txt", b"\xff\xfe")],
+    "caption null": [pair(1)[0], ("000000001.json", b'{"caption": null}')],
+    "bad json": [pair(1)[0], ("000000001.json", b"{")],
+    "json list": [pair(1)[0], ("000000001.json", b"[1]")],
+}
 
 
 @pytest.mark.parametrize("kind", BAD_PAIRS)
@@ -280,7 +347,9 @@ def test_a_cut_tar_loses_only_its_end(mode, tmp_path):
         (tmp_path / "cut.tar").write_bytes(data[:size])
         found = read_all(c.laion("x", tmp_path / "cut.tar"))
         good = [item for item in found if isinstance(item, c.Record)]
-        assert shape(found) in ("r" * len(good), "r" * len(good) + "-") and [g.parts for g in good] == [e.parts for e in expected[:len(good)]], size
+        assert shape(found) in ("r" * len(good), "r" * len(good) + "-") and [g.parts for g in good] == [
+            e.parts for e in expected[: len(good)]
+        ], size
         assert len(good) < 8 and (shape(found).endswith("-") or mode == "w" and size % 512 == 0), size
 
 
@@ -294,7 +363,9 @@ def test_other_members_do_no_harm(tmp_path):
             tar.addfile(info, io.BytesIO(data))
         tar.addfile(link)
     before = sorted(tmp_path.rglob("*"))
-    assert shape(read_all(c.laion("x", tmp_path / "a.tar"))) == "rr", "a member's name is only a key; links are no pictures"
+    assert shape(read_all(c.laion("x", tmp_path / "a.tar"))) == "rr", (
+        "a member's name is only a key; links are no pictures"
+    )
     assert sorted(tmp_path.rglob("*")) == before, "nothing is ever unpacked to the disk"
 
 
@@ -302,7 +373,13 @@ def test_other_members_do_no_harm(tmp_path):
 
 
 def info(name, index, similarity=0.3):
-    return {"image_name": name, "raw_url": f"https://x/{name}", "matched_text_index": index, "matched_sim": similarity, "face_detections": None}
+    return {
+        "image_name": name,
+        "raw_url": f"https://x/{name}",
+        "matched_text_index": index,
+        "matched_sim": similarity,
+        "face_detections": None,
+    }
 
 
 def page(infos, texts=("A.", " B. ", "C."), **more):
@@ -311,15 +388,29 @@ def page(infos, texts=("A.", " B. ", "C."), **more):
 
 def test_mmc4_order(images, tmp_path):
     at = lambda name: c.Picture(str(images / name), "")
-    rows = [page([info("0.png", 2), info("1.png", 1)]), page([info("0.png", 0, 0.25), info("1.png", 1, 0.2499), info("2.png", 0, None)])]
+    rows = [
+        page([info("0.png", 2), info("1.png", 1)]),
+        page([info("0.png", 0, 0.25), info("1.png", 1, 0.2499), info("2.png", 0, None)]),
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     before, after = (read_all(c.mmc4("x", tmp_path / "a.jsonl", images, place=place)) for place in ("before", "after"))
-    assert before[0].parts == ["A.", at("1.png"), "B.", at("0.png"), "C."] and before[0].given == 0 and all(before[0].learn)
+    assert (
+        before[0].parts == ["A.", at("1.png"), "B.", at("0.png"), "C."]
+        and before[0].given == 0
+        and all(before[0].learn)
+    )
     assert after[0].parts == ["A. B.", at("1.png"), "C.", at("0.png")]
-    assert before[1].parts == [at("0.png"), at("2.png"), "A. B. C."] and after[1].parts == ["A.", at("0.png"), at("2.png"), "B. C."]
+    assert before[1].parts == [at("0.png"), at("2.png"), "A. B. C."] and after[1].parts == [
+        "A.",
+        at("0.png"),
+        at("2.png"),
+        "B. C.",
+    ]
     assert len(read_all(c.mmc4("x", tmp_path / "a.jsonl", images, threshold=None))[1].pictures) == 3
     official = interleaved_document(rows[0]["text_list"], [picture(1), picture(0)], [1, 2])
-    assert [p if isinstance(p, str) else "P" for p in official.parts] == [p if isinstance(p, str) else "P" for p in after[0].parts]
+    assert [p if isinstance(p, str) else "P" for p in official.parts] == [
+        p if isinstance(p, str) else "P" for p in after[0].parts
+    ]
 
 
 def test_mmc4_packed_in_every_way(images, tmp_path):
@@ -329,22 +420,43 @@ def test_mmc4_packed_in_every_way(images, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jsonl", lines)
     write_tar(tmp_path / "a.tar", [(f"somewhere/{i}.png", png(i)) for i in range(6)])
-    plain, *others = (read_all(c.mmc4("x", tmp_path / name, images)) for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zip"))
+    plain, *others = (
+        read_all(c.mmc4("x", tmp_path / name, images)) for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zip")
+    )
     assert shape(plain) == "rrrrrr" and all([r.parts for r in other] == [r.parts for r in plain] for other in others)
     beside = read_all(c.mmc4("x", tmp_path / "a.jsonl", tmp_path / "{stem}.tar"))
     assert [r.document() for r in beside] == [r.document() for r in plain]
     for name in ("a.jsonl.gz", "a.jsonl.zip"):
         (tmp_path / f"cut-{name}").write_bytes((tmp_path / name).read_bytes()[:-40])
         found = read_all(c.mmc4("x", tmp_path / f"cut-{name}", images))
-        assert shape(found).endswith("-") and shape(found)[:-1] == "r" * (len(found) - 1) and "cut off or damaged" in str(found[-1])
+        assert (
+            shape(found).endswith("-")
+            and shape(found)[:-1] == "r" * (len(found) - 1)
+            and "cut off or damaged" in str(found[-1])
+        )
     (tmp_path / "bad.jsonl.gz").write_bytes(b"no gzip at all")
     assert shape(read_all(c.mmc4("x", tmp_path / "bad.jsonl.gz", images))) == "-"
 
 
-@pytest.mark.parametrize("bad", [
-    page([]), page([info("0.png", 3)]), page([info("0.png", -1)]), page([info("0.png", True)]), page([info("0.png", 0, "high")]), page(["x"]),
-    page([info("0.png", 0)], texts=[1]), page([info("../secret.png", 0)]), page([info(None, 0)]), page([info("0.png", 0, 0.1)]),
-    page([info("0.png", 0, float("nan"))]), page([info("0.png", 0), info("1.png", -1)]), {"text_list": ["a"]}, {"image_info": []}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        page([]),
+        page([info("0.png", 3)]),
+        page([info("0.png", -1)]),
+        page([info("0.png", True)]),
+        page([info("0.png", 0, "high")]),
+        page(["x"]),
+        page([info("0.png", 0)], texts=[1]),
+        page([info("../secret.png", 0)]),
+        page([info(None, 0)]),
+        page([info("0.png", 0, 0.1)]),
+        page([info("0.png", 0, float("nan"))]),
+        page([info("0.png", 0), info("1.png", -1)]),
+        {"text_list": ["a"]},
+        {"image_info": []},
+    ],
+)
 def test_mmc4_refuses_in_place(bad, images, tmp_path):
     good = [page([info("0.png", 0)], texts=[text]) for text in ("first", "last")]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [good[0], bad, good[1]])))
@@ -367,7 +479,11 @@ def test_mmc4_missing_pictures(images, tmp_path):
 
 
 def test_instruct_mmc4(images, tmp_path):
-    rows = [page([info("0.png", 0, 0.1)], instruction=" Tell me. "), page([info("0.png", 0)]), page([info("1.png", 2)], instruction="Again.")]
+    rows = [
+        page([info("0.png", 0, 0.1)], instruction=" Tell me. "),
+        page([info("0.png", 0)]),
+        page([info("1.png", 2)], instruction="Again."),
+    ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     found = read_all(c.instruct_mmc4("x", tmp_path / "a.json", images))
     assert shape(found) == "r-r" and found[0].given == 1 and found[0].learn == [False, True, True, True]
@@ -391,7 +507,9 @@ def test_obelics(images, tmp_path):
     kept = read_all(c.obelics("x", tmp_path / "plain.parquet", images, missing="picture"))
     assert [record.parts for record in kept[:3]] == [["zero"], found[1].parts, ["only text"]]
     fetching = read_all(c.obelics("x", tmp_path / "plain.parquet", fetch=True))
-    assert fetching[0].parts == [c.Picture(urls[0], ""), "zero"], "with fetch the address itself is the picture, asked when it is opened"
+    assert fetching[0].parts == [c.Picture(urls[0], ""), "zero"], (
+        "with fetch the address itself is the picture, asked when it is opened"
+    )
     stored = {**rows, "images_bytes": [[png(0), None], [None, png(1), None], [None], [png(2), None], [b""]]}
     pq.write_table(pa.table(stored), tmp_path / "bytes.parquet")
     found = read_all(c.obelics("x", tmp_path / "bytes.parquet"))
@@ -414,7 +532,9 @@ def test_damaged_parquet(tmp_path):
 
 def test_subjects(images, tmp_path):
     row = {"subject_image": "0.png", "subject_text": "fox", "prompt": "a fox at the sea", "target_image": "1.png"}
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [row, {**row, "target_image": None}, {**row, "prompt": 3}, row])))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(map(json.dumps, [row, {**row, "target_image": None}, {**row, "prompt": 3}, row]))
+    )
     found = read_all(c.subjects("x", tmp_path / "a.jsonl", images))
     at = lambda name: c.Picture(str(images / name), "")
     assert shape(found) == "r--r" and found[0].learn == [False, False, False, True]
@@ -437,9 +557,14 @@ def test_the_emoji_world_is_a_corpus():
 
 
 def test_typed_markers_stay_text(processor, images, tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns("<dream> <image> <dream_start>", "<image_start> <dream>")}]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"conversations": turns("<dream> <image> <dream_start>", "<image_start> <dream>")}])
+    )
     (tmp_path / "b.jsonl").write_text(json.dumps(page([info("0.png", 0)], texts=["<dream> <image>"])))
-    for record, blocks in ((read_all(c.llava("x", tmp_path / "a.json"))[0], 0), (read_all(c.mmc4("x", tmp_path / "b.jsonl", images))[0], 1)):
+    for record, blocks in (
+        (read_all(c.llava("x", tmp_path / "a.json"))[0], 0),
+        (read_all(c.mmc4("x", tmp_path / "b.jsonl", images))[0], 1),
+    ):
         row = processor.layout.encode(record.document().parts)
         starts = [processor.layout.id[token] for token in ("<dream_start>", "<image_start>")]
         assert [row.input_ids.count(i) for i in starts] == [blocks, blocks]
@@ -453,7 +578,9 @@ def mixture(root):
     (root / "images" / "0.png").write_bytes(png(0))
     tars(root, 2, 4)
     for s in range(3):
-        (root / f"chat-{s}.json").write_text(json.dumps([{"image": "0.png", "conversations": turns("<image>", f"chat {s} {i}")} for i in range(4)]))
+        (root / f"chat-{s}.json").write_text(
+            json.dumps([{"image": "0.png", "conversations": turns("<image>", f"chat {s} {i}")} for i in range(4)])
+        )
     return {"pairs": {"format": "laion", "shards": "0*.tar", "weight": 2, "task": "draw"},
             "chat": {"format": "llava", "shards": ["chat-2.json", "chat-[01].json"], "images": "images"},
             "toys": {"format": "emoji", "kinds": ["articles"], "weight": 0}}
@@ -475,13 +602,27 @@ def of(format, shards="0*.tar", **options):
     return {"it": {"format": format, "shards": shards, **options}}
 
 
-@pytest.mark.parametrize("change, message", [
-    (of("laion", "*.tarr"), r"'\*\.tarr' in "), (of("lion"), "format"), (of("laion", ()), "needs 'shards'"), (of("laion", tusk=1), "'tusk'"),
-    (of("laion", weight=-1), "weight"), (of("laion", weight=float("nan")), "weight"), (of("laion", weight="1"), "weight"),
-    (of("laion", weight=0), "empty"), ({}, "empty mixture"), (of("mmc4", "chat-0.json"), "images"),
-    (of("llava", "chat-0.json", images="gone"), "gone"), (of("mmc4", "chat-?.json", images="{stem}.tar"), "chat-0.tar"),
-    (of("laion", "hf://datasets/a/b/*.tar"), "network=True"), (of("laion", "https://x/0.tar"), "network=True"),
-    (of("llava", "chat-0.json", images="https://x/"), "network=True"), ({"it": {"format": "emoji", "kinds": []}}, "shard")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (of("laion", "*.tarr"), r"'\*\.tarr' in "),
+        (of("lion"), "format"),
+        (of("laion", ()), "needs 'shards'"),
+        (of("laion", tusk=1), "'tusk'"),
+        (of("laion", weight=-1), "weight"),
+        (of("laion", weight=float("nan")), "weight"),
+        (of("laion", weight="1"), "weight"),
+        (of("laion", weight=0), "empty"),
+        ({}, "empty mixture"),
+        (of("mmc4", "chat-0.json"), "images"),
+        (of("llava", "chat-0.json", images="gone"), "gone"),
+        (of("mmc4", "chat-?.json", images="{stem}.tar"), "chat-0.tar"),
+        (of("laion", "hf://datasets/a/b/*.tar"), "network=True"),
+        (of("laion", "https://x/0.tar"), "network=True"),
+        (of("llava", "chat-0.json", images="https://x/"), "network=True"),
+        ({"it": {"format": "emoji", "kinds": []}}, "shard"),
+    ],
+)
 def test_a_bad_mixture_says_what_is_wrong(change, message, tmp_path):
     mixture(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -514,9 +655,18 @@ def test_streams_through_fsspec():
         file.write(png(0))
     with fsspec.open("memory://corpus/a.jsonl", "wb") as file:
         file.write(json.dumps(page([info("0.png", 0)])).encode())
-    found = c.open_corpora({"t": {"format": "laion", "shards": "memory://corpus/*.tar"},
-                            "m": {"format": "mmc4", "shards": "memory://corpus/a.jsonl", "images": "memory://corpus"}}, "/nowhere", network=True)
-    assert shape(read_all(found[0])) == "rr" and read_all(found[1])[0].document().pictures[0].tobytes() == picture(0, 16).tobytes()
+    found = c.open_corpora(
+        {
+            "t": {"format": "laion", "shards": "memory://corpus/*.tar"},
+            "m": {"format": "mmc4", "shards": "memory://corpus/a.jsonl", "images": "memory://corpus"},
+        },
+        "/nowhere",
+        network=True,
+    )
+    assert (
+        shape(read_all(found[0])) == "rr"
+        and read_all(found[1])[0].document().pictures[0].tobytes() == picture(0, 16).tobytes()
+    )
 
 
 # ---- lanes -------------------------------------------------------------------------------------------------------------------------
@@ -560,7 +710,10 @@ def test_lanes_of_refuses(rank, world, lanes):
 
 @pytest.mark.parametrize("lane, lanes", [(0, 1), (1, 3)])
 def test_resume_from_every_place(lane, lanes, tmp_path):
-    found = [numbered(tmp_path, [5, 6, 3], "a", bad={(0, 0), (1, 5), (2, 1)}), numbered(tmp_path, [7], "b", weight=0.4, bad={(0, 6)})]
+    found = [
+        numbered(tmp_path, [5, 6, 3], "a", bad={(0, 0), (1, 5), (2, 1)}),
+        numbered(tmp_path, [7], "b", weight=0.4, bad={(0, 6)}),
+    ]
     reader, said, states, skipped = Lane(found, lane, lanes, seed=3), [], [Lane(found, lane, lanes, seed=3).state()], []
     for _ in range(60):
         said += answers(reader, 1)
@@ -569,7 +722,11 @@ def test_resume_from_every_place(lane, lanes, tmp_path):
     assert states[-1]["corpora"]["a"]["epoch"] >= 2, "the test should cross epochs"
     for place in range(50):
         again = Lane(found, lane, lanes, seed=3, state=states[place])
-        assert answers(again, 10) == said[place:place + 10] and again.skipped == skipped[place + 9] and again.state() == states[place + 10]
+        assert (
+            answers(again, 10) == said[place : place + 10]
+            and again.skipped == skipped[place + 9]
+            and again.state() == states[place + 10]
+        )
 
 
 def test_resume_in_the_middle_of_a_tar(tmp_path):
@@ -589,7 +746,13 @@ def test_a_state_fits_only_its_own(tmp_path):
     for corpora, lane, lanes, seed in ((found, 1, 2, 0), (found, 0, 4, 0), (found, 0, 2, 1), (other, 0, 2, 0)):
         with pytest.raises(ValueError, match="another"):
             Lane(corpora, lane, lanes, seed, state=state)
-    for bad in ({}, [], {**state, "corpora": 3}, {**state, "drawn": "x"}, {**state, "corpora": {"a": {"shards": state["corpora"]["a"]["shards"]}}}):
+    for bad in (
+        {},
+        [],
+        {**state, "corpora": 3},
+        {**state, "drawn": "x"},
+        {**state, "corpora": {"a": {"shards": state["corpora"]["a"]["shards"]}}},
+    ):
         with pytest.raises(ValueError, match="state"):
             Lane(found, 0, 2, state=bad)
     for lane, lanes in ((2, 2), (-1, 2)):
@@ -618,7 +781,9 @@ def test_broken_records_are_counted_and_shift_nothing(tmp_path):
             while reader.state()["corpora"]["numbers"]["epoch"] < 2:
                 next(reader)
             assert reader.skipped == reader.state()["skipped"] == count() - before
-    assert notes == told and {f"numbers-{s}.jsonl #{i}" for s, i in bad} == {note.split(", ")[1].split(":")[0] for note in notes}
+    assert notes == told and {f"numbers-{s}.jsonl #{i}" for s, i in bad} == {
+        note.split(", ")[1].split(":")[0] for note in notes
+    }
     assert all(note.startswith("numbers, ") and "conversations" in note for note in notes)
 
 
@@ -627,10 +792,16 @@ def test_a_bad_picture_is_refused_by_its_reader(tmp_path):
     notes = []
     lane = Lane([c.laion("x", tmp_path / "a.tar")], 0, 1, report=notes)
     names = [document.name for document in itertools.islice(lane.documents(), 4)]
-    assert [name[-1] for name in names] == ["0", "2", "0", "2"] and lane.skipped == 2 and all("000000001.png" in note for note in notes)
+    assert (
+        [name[-1] for name in names] == ["0", "2", "0", "2"]
+        and lane.skipped == 2
+        and all("000000001.png" in note for note in notes)
+    )
 
 
-@pytest.mark.parametrize("content", ["", "7\n8\n", json.dumps({"image": "gone.png", "conversations": turns("<image>", "a")})])
+@pytest.mark.parametrize(
+    "content", ["", "7\n8\n", json.dumps({"image": "gone.png", "conversations": turns("<image>", "a")})]
+)
 def test_nothing_usable_ends_in_an_error(content, images, tmp_path):
     (tmp_path / "a.jsonl").write_text(content)
     good = numbered(tmp_path, [3])
@@ -640,7 +811,10 @@ def test_nothing_usable_ends_in_an_error(content, images, tmp_path):
 
 
 def test_no_picture_that_opens_ends_in_an_error(tmp_path):
-    write_tar(tmp_path / "a.tar", [(name, data[:50] if name.endswith("png") else data) for i in range(3) for name, data in pair(i)])
+    write_tar(
+        tmp_path / "a.tar",
+        [(name, data[:50] if name.endswith("png") else data) for i in range(3) for name, data in pair(i)],
+    )
     with pytest.raises(ValueError, match="without one usable record"):
         next(Lane([c.laion("x", tmp_path / "a.tar")], 0, 1).documents())
 
@@ -672,11 +846,16 @@ def test_memory_stays_flat(tmp_path):
         return peak(lambda: Counter(len(record.parts) for record in itertools.islice(lane, n - 1)))
 
     def of_list(n):
-        (tmp_path / "many.json").write_text(json.dumps([{"conversations": turns("Count. " * 20, f"{i} " * 20)} for i in range(n)]))
+        (tmp_path / "many.json").write_text(
+            json.dumps([{"conversations": turns("Count. " * 20, f"{i} " * 20)} for i in range(n)])
+        )
         return peak(lambda: Counter(map(type, read_shard(c.llava("many", tmp_path / "many.json")))))
 
     def of_tar(n):
-        write_tar(tmp_path / "many.tar", [(f"{i}.{ending}", data) for i in range(n) for ending, data in (("txt", b"a"), ("png", b"x"))])
+        write_tar(
+            tmp_path / "many.tar",
+            [(f"{i}.{ending}", data) for i in range(n) for ending, data in (("txt", b"a"), ("png", b"x"))],
+        )
         return peak(lambda: Counter(map(type, read_shard(c.laion("many", tmp_path / "many.tar")))))
 
     read_shard = lambda corpus: corpus.read(corpus.shards[0])

@@ -12,21 +12,37 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 from dreamllm_edu import data
 from dreamllm_edu.data.tasks import KINDS, caption, load, scene_list, to_document
 from dreamllm_edu.data.world import (
-    HELD_OUT_STYLE, JUDGE_ONLY, SCENE_NAMES, STYLES, Scene, definition_split, make_splits, read_definitions)
+    HELD_OUT_STYLE,
+    JUDGE_ONLY,
+    SCENE_NAMES,
+    STYLES,
+    Scene,
+    definition_split,
+    make_splits,
+    read_definitions,
+)
 from dreamllm_edu.documents.document import Document
+
+from conftest import ROOT
 
 DATA = ROOT / "data"
 SPLITS = json.loads((DATA / "splits.json").read_text())
-RECIPE = {name: value for node in ast.parse((DATA / "build.py").read_text(encoding="utf8")).body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
-          for name, value in [(node.targets[0].id, node.value)] if name == "PACKAGES"}["PACKAGES"]
+RECIPE = {
+    name: value
+    for node in ast.parse((DATA / "build.py").read_text(encoding="utf8")).body
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+    for name, value in [(node.targets[0].id, node.value)]
+    if name == "PACKAGES"
+}["PACKAGES"]
 PACKAGES = {key.value: value.value for key, value in zip(RECIPE.keys, RECIPE.values)}
-TALK = [kind for kind in KINDS if kind != "articles"]  # kinds whose words are all ours; articles hold WordNet's definitions
+TALK = [
+    kind for kind in KINDS if kind != "articles"
+]  # kinds whose words are all ours; articles hold WordNet's definitions
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +58,9 @@ def pixels():
     for path in (DATA / "pictures").glob("*.zip"):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                found[name.removesuffix(".png"), path.stem] = Image.open(io.BytesIO(archive.read(name))).convert("RGB").tobytes()
+                found[name.removesuffix(".png"), path.stem] = (
+                    Image.open(io.BytesIO(archive.read(name))).convert("RGB").tobytes()
+                )
     return found
 
 
@@ -72,7 +90,9 @@ def test_definitions_are_wordnet_and_split_without_overlap():
     lines = read_definitions()
     train, held = definition_split(lines)
     assert len(lines) > 117_000 and 2_200 < len(held) <= -(-len(lines) // 50) and len(train) + len(held) == len(lines)
-    assert set(held) <= set(lines[::50]), "what is held out was never among the lines that the shipped parts learned from"
+    assert set(held) <= set(lines[::50]), (
+        "what is held out was never among the lines that the shipped parts learned from"
+    )
     assert all(": " in line for line in lines[:2000])
     assert any(line.startswith("entity: ") for line in lines[:5])
 
@@ -83,19 +103,38 @@ def test_no_held_out_definition_is_learned_elsewhere(world):
     held = set(map(meaning, held))
     assert not held & set(map(meaning, train))
     lines, articles = read_definitions(), (DATA / "concepts.jsonl").read_text(encoding="utf8")
-    count, shown = Counter(map(meaning, lines)), {t["definition"] for row in map(json.loads, articles.splitlines()) for t in (row, *row.get("hypernyms", [])) if "definition" in t}
-    assert len(held) == len(lines[::50]) - sum(count[m] > 1 or m in shown for m in map(meaning, lines[::50])), "no other line is spared"
+    count, shown = (
+        Counter(map(meaning, lines)),
+        {
+            t["definition"]
+            for row in map(json.loads, articles.splitlines())
+            for t in (row, *row.get("hypernyms", []))
+            if "definition" in t
+        },
+    )
+    assert len(held) == len(lines[::50]) - sum(count[m] > 1 or m in shown for m in map(meaning, lines[::50])), (
+        "no other line is spared"
+    )
     written = "\n".join(part["text"] for row in load("articles", "train", world) for part in row["parts"])
     assert not [text for text in held if f": {text}." in written]
 
 
 def test_an_alias_of_another_concept_is_no_drawing():
-    styles = {row["name"]: row["styles"] for row in map(json.loads, (DATA / "concepts.jsonl").read_text(encoding="utf8").splitlines())}
-    assert "emojitwo" in styles["cricket game"] and "emojitwo" not in styles["cricket"] and "noto-v1" not in styles["cricket"]
+    styles = {
+        row["name"]: row["styles"]
+        for row in map(json.loads, (DATA / "concepts.jsonl").read_text(encoding="utf8").splitlines())
+    }
+    assert (
+        "emojitwo" in styles["cricket game"]
+        and "emojitwo" not in styles["cricket"]
+        and "noto-v1" not in styles["cricket"]
+    )
 
 
 def test_sizes():
-    size = lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts) / 1e6
+    size = lambda folder: (
+        sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts) / 1e6
+    )
     assert size(DATA) <= 15, f"data/ is {size(DATA):.1f} MB"
 
 
@@ -107,7 +146,9 @@ def test_every_source_is_attributed_and_licensed():
         assert licence in text, f"ATTRIBUTION.md does not name {licence}"
     licences = {path.stem: path.read_text(encoding="utf8", errors="replace") for path in (DATA / "licenses").iterdir()}
     for package in PACKAGES:
-        assert any(package.lstrip("@").replace("/", "-") == stem for stem in licences), f"data/licenses has no text for {package}"
+        assert any(package.lstrip("@").replace("/", "-") == stem for stem in licences), (
+            f"data/licenses has no text for {package}"
+        )
     assert all(len(text) > 300 for text in licences.values())
     assert not any("GNU GENERAL PUBLIC LICENSE" in text.upper() for text in licences.values())
 
@@ -122,37 +163,66 @@ def test_share_alike_pictures_stand_alone(world):
 # ---------------------------------------------------------------- the splits
 
 def test_splits_follow_from_the_seed(world, pixels):
-    found = make_splits(world.concepts, {(c["key"], s): pixels[c["key"], s] for c in world.concepts for s in c["styles"]}, SPLITS["seed"])
+    found = make_splits(
+        world.concepts,
+        {(c["key"], s): pixels[c["key"], s] for c in world.concepts for s in c["styles"]},
+        SPLITS["seed"],
+    )
     assert json.loads(json.dumps(found)) == SPLITS, "splits.json is not what the seed gives"
 
 
 def test_splits_are_what_they_say(world):
-    concepts, renderings, couples = SPLITS["concepts"], [tuple(r) for r in SPLITS["renderings"]], [tuple(c) for c in SPLITS["scene_couples"]]
+    concepts, renderings, couples = (
+        SPLITS["concepts"],
+        [tuple(r) for r in SPLITS["renderings"]],
+        [tuple(c) for c in SPLITS["scene_couples"]],
+    )
     assert len(set(concepts)) == 40 and len(set(renderings)) == 150 and len({key for key, _ in renderings}) == 150
     assert not set(concepts) & {key for key, _ in renderings}
     assert {style for _, style in renderings} == set(STYLES) and HELD_OUT_STYLE not in STYLES
     keys = {c["key"]: c["name"] for c in world.concepts}
     assert set(concepts) <= keys.keys() and {key for key, _ in renderings} <= keys.keys()
     assert len(set(couples)) == len(couples) > 100 and all(a < b and {a, b} <= set(SCENE_NAMES) for a, b in couples)
-    assert not {keys[key] for key in (*concepts, *(key for key, _ in renderings))} & set(SCENE_NAMES), "scenes show their concepts in every style"
-    words = {key: set(re.findall(r"[a-z0-9]+", name)) - {"with", "of", "and", "the", "a", "on", "in", "over", "without", "at", "face"} for key, name in keys.items()}
+    assert not {keys[key] for key in (*concepts, *(key for key, _ in renderings))} & set(SCENE_NAMES), (
+        "scenes show their concepts in every style"
+    )
+    words = {
+        key: set(re.findall(r"[a-z0-9]+", name))
+        - {"with", "of", "and", "the", "a", "on", "in", "over", "without", "at", "face"}
+        for key, name in keys.items()
+    }
     for key in concepts:
-        assert not any(words[key] & words[other] for other in keys if other != key), f"{keys[key]} has a relative in training"
+        assert not any(words[key] & words[other] for other in keys if other != key), (
+            f"{keys[key]} has a relative in training"
+        )
 
 
 def test_every_picture_is_in_one_split(world):
-    rows = {split: [r for r in data.pairs(world, split) if r["task"] == "draw"] for split in ("train", "held_out_renderings", "held_out_concepts", "held_out_style")}
+    rows = {
+        split: [r for r in data.pairs(world, split) if r["task"] == "draw"]
+        for split in ("train", "held_out_renderings", "held_out_concepts", "held_out_style")
+    }
     found = {split: refs(rows[split]) for split in rows}
-    assert [len(found[s]) for s in ("train", "held_out_renderings", "held_out_concepts")] == [821 * 4 - 150 - 160, 150, 160]
+    assert [len(found[s]) for s in ("train", "held_out_renderings", "held_out_concepts")] == [
+        821 * 4 - 150 - 160,
+        150,
+        160,
+    ]
     assert len(set().union(*found.values())) == sum(map(len, found.values())), "a picture is in two splits"
     keys = lambda split: {ref.split("/")[1] for ref in found[split]}
     assert not keys("held_out_concepts") & keys("train") and keys("held_out_renderings") <= keys("train")
-    assert {ref.split("/")[0] for ref in found["held_out_style"]} == {HELD_OUT_STYLE} and not keys("held_out_style") & keys("held_out_concepts")
+    assert {ref.split("/")[0] for ref in found["held_out_style"]} == {HELD_OUT_STYLE} and not keys(
+        "held_out_style"
+    ) & keys("held_out_concepts")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_documents_show_nothing_held_out(kind, train, world):
-    concepts, renderings, couples = set(SPLITS["concepts"]), {tuple(r) for r in SPLITS["renderings"]}, {tuple(c) for c in SPLITS["scene_couples"]}
+    concepts, renderings, couples = (
+        set(SPLITS["concepts"]),
+        {tuple(r) for r in SPLITS["renderings"]},
+        {tuple(c) for c in SPLITS["scene_couples"]},
+    )
     key_of = {c["name"]: c["key"] for c in world.concepts}
     shown = set()
     for ref in refs(train[kind]):
@@ -177,7 +247,9 @@ def test_training_documents_name_nothing_held_out(kind, train, world):
     for row in train[kind]:
         text = text_of(row)
         assert not mention.search(text), f"{text!r} names a held-out concept"
-        assert not wishes & {text.strip(" :\n"), *re.findall(r"show me (.*?)\.\n", text)}, f"{text!r} asks for a held-out rendering"
+        assert not wishes & {text.strip(" :\n"), *re.findall(r"show me (.*?)\.\n", text)}, (
+            f"{text!r} asks for a held-out rendering"
+        )
         assert "EmojiTwo" not in text
 
 
@@ -212,7 +284,12 @@ def test_held_out_articles_are_of_other_classes(world, train):
 
 def test_no_picture_is_on_both_sides(world, train, pixels):
     """Pixel by pixel: single drawings, the held-out style included."""
-    mine = {pixels[tuple(ref.split("/"))[::-1]] for kind in KINDS for ref in refs(train[kind]) if not ref.startswith("scene:")}
+    mine = {
+        pixels[tuple(ref.split("/"))[::-1]]
+        for kind in KINDS
+        for ref in refs(train[kind])
+        if not ref.startswith("scene:")
+    }
     assert len(mine) > 2500
     for split in ("held_out_renderings", "held_out_concepts", "held_out_style"):
         twins = [ref for ref in refs(data.pairs(world, split)) if pixels[tuple(ref.split("/"))[::-1]] in mine]
@@ -221,17 +298,34 @@ def test_no_picture_is_on_both_sides(world, train, pixels):
 
 def test_no_scene_is_on_both_sides(world, train):
     mine = {world.picture(ref).tobytes() for ref in refs(train["scenes"])}
-    theirs = {ref: world.picture(ref).tobytes() for ref in refs(data.scenes(world, "held_out_renderings")) | refs(data.dialogues(world, "held_out_renderings")) if ref.startswith("scene:")}
+    theirs = {
+        ref: world.picture(ref).tobytes()
+        for ref in refs(data.scenes(world, "held_out_renderings")) | refs(data.dialogues(world, "held_out_renderings"))
+        if ref.startswith("scene:")
+    }
     twins = [ref for ref, value in theirs.items() if value in mine]
-    assert len(theirs) >= 500 and not twins, f"{len(twins)} held-out scenes are in training, pixel by pixel, such as {twins[:3]}"
+    assert len(theirs) >= 500 and not twins, (
+        f"{len(twins)} held-out scenes are in training, pixel by pixel, such as {twins[:3]}"
+    )
 
 
 def test_the_data_does_not_depend_on_hash_order():
-    code = ("import hashlib, json; from dreamllm_edu import data; w = data.World(); "
-            "print(hashlib.sha256(json.dumps([getattr(data, k)(w, s) for k in data.KINDS for s in ('train', 'held_out_renderings')]).encode()).hexdigest())")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"})
+    code = (
+        "import hashlib, json; from dreamllm_edu import data; w = data.World(); "
+        "print(hashlib.sha256(json.dumps([getattr(data, k)(w, s) for k in data.KINDS for s in ('train', "
+        "'held_out_renderings')]).encode()).hexdigest())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"},
+    )
     world = data.World()
-    here = hashlib.sha256(json.dumps([getattr(data, k)(world, s) for k in KINDS for s in ("train", "held_out_renderings")]).encode()).hexdigest()
+    here = hashlib.sha256(
+        json.dumps([getattr(data, k)(world, s) for k in KINDS for s in ("train", "held_out_renderings")]).encode()
+    ).hexdigest()
     assert run.stdout.strip() == here
 
 
@@ -260,7 +354,11 @@ def boxes_truth(scene, world):
     for name, (x, y, side) in zip(names, scene.boxes()):
         key = next(c["key"] for c in world.concepts if c["name"] == name)
         with zipfile.ZipFile(DATA / "pictures" / f"{scene.style}.zip") as archive:
-            small = Image.open(io.BytesIO(archive.read(f"{key}.png"))).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            small = (
+                Image.open(io.BytesIO(archive.read(f"{key}.png")))
+                .convert("RGB")
+                .resize((side, side), Image.Resampling.LANCZOS)
+            )
         canvas[y:y + side, x:x + side] = np.asarray(small)
     return canvas
 
@@ -274,7 +372,9 @@ def test_scenes_show_what_they_say(world):
 def test_geometry_of_every_scene(world):
     for scene in (*scene_list(world, "train"), *scene_list(world, "held_out_renderings")):
         boxes = scene.boxes()
-        assert len(boxes) == {"three": 3}.get(scene.relation, 2) and (scene.a == scene.b) == (scene.relation in ("two", "three"))
+        assert len(boxes) == {"three": 3}.get(scene.relation, 2) and (scene.a == scene.b) == (
+            scene.relation in ("two", "three")
+        )
         for i, (x, y, side) in enumerate(boxes):
             assert 0 <= x and 0 <= y and x + side <= 64 and y + side <= 64, "an object leaves the canvas"
             for u, v, other in boxes[:i]:
@@ -300,12 +400,16 @@ def test_answers_are_true_of_the_picture(split, world):
             continue
         scene = Scene.from_ref(ref)
         if row["task"] == "count":
-            assert answer == {2: "two", 3: "three"}[len(scene.boxes())] and f"how many {data.plural(scene.a)}?" in question
+            assert (
+                answer == {2: "two", 3: "three"}[len(scene.boxes())] and f"how many {data.plural(scene.a)}?" in question
+            )
         else:
             one, two = re.fullmatch(r" where is the (.+) from the (.+)\?\nAssistant:", question).groups()
             at = dict(zip((scene.a, scene.b), scene.boxes()))
             dx, dy = at[one][0] - at[two][0], at[one][1] - at[two][1]
-            assert answer == ({True: "right", False: "left"}[dx > 0] if abs(dx) > abs(dy) else {True: "below", False: "above"}[dy > 0])
+            assert answer == (
+                {True: "right", False: "left"}[dx > 0] if abs(dx) > abs(dy) else {True: "below", False: "above"}[dy > 0]
+            )
         answers.setdefault(row["task"], Counter())[answer] += 1
     for count in answers.values():
         assert max(count.values()) < 2 * min(count.values()), f"one answer is usually right: {count}"
@@ -315,12 +419,20 @@ def test_scene_captions_edits_and_subjects(world):
     names = {c["key"]: c["name"] for c in world.concepts}
     for row in data.scenes(world, "train"):
         scene = Scene.from_ref(row["parts"][1]["picture"])
-        body = {"left": rf"an? {scene.a} to the left of an? {scene.b}", "above": rf"an? {scene.a} above an? {scene.b}", "two": rf"two {data.plural(scene.a)}", "three": rf"three {data.plural(scene.a)}"}
+        body = {
+            "left": rf"an? {scene.a} to the left of an? {scene.b}",
+            "above": rf"an? {scene.a} above an? {scene.b}",
+            "two": rf"two {data.plural(scene.a)}",
+            "three": rf"three {data.plural(scene.a)}",
+        }
         assert re.fullmatch(rf"{body[scene.relation]} in {STYLES[scene.style]} style:", row["parts"][0]["text"])
     for row in data.edits(world, "train") + data.edits(world, "held_out_renderings"):
         (source, key), (target, same) = (row["parts"][i]["picture"].split("/") for i in (1, 4))
         assert key == same and source != target and world.split_of(key, source) == "train"
-        assert f"draw this in {STYLES[target]} style" in row["parts"][2]["text"] and row["parts"][3]["text"] == f" {names[key]} in {STYLES[target]} style:"
+        assert (
+            f"draw this in {STYLES[target]} style" in row["parts"][2]["text"]
+            and row["parts"][3]["text"] == f" {names[key]} in {STYLES[target]} style:"
+        )
     for row in data.subjects(world, "train")[::20]:
         scene = Scene.from_ref(row["parts"][4]["picture"])
         style, key = row["parts"][1]["picture"].split("/")
@@ -328,7 +440,13 @@ def test_scene_captions_edits_and_subjects(world):
 
 
 def test_plurals_and_articles():
-    assert [data.plural(n) for n in ("cat", "bus", "butterfly", "tomato", "key")] == ["cats", "buses", "butterflies", "tomatoes", "keys"]
+    assert [data.plural(n) for n in ("cat", "bus", "butterfly", "tomato", "key")] == [
+        "cats",
+        "buses",
+        "butterflies",
+        "tomatoes",
+        "keys",
+    ]
     assert data.article("owl") == "an owl" and data.article("cat") == "a cat"
     assert len(set(SCENE_NAMES)) == len(SCENE_NAMES) == len({data.plural(n) for n in SCENE_NAMES})
 
@@ -342,7 +460,12 @@ def test_every_kind_loads_and_yields_documents(kind, world, processor):
         assert len(found) == len(getattr(data, kind)(world, split)) > 20 and set(found["kind"]) == {kind}
         for row in found.select(range(0, len(found), len(found) // 4)):
             document = to_document(row, world)
-            assert isinstance(document, Document) and document.pictures and document.texts and 0 < document.given < len(document)
+            assert (
+                isinstance(document, Document)
+                and document.pictures
+                and document.texts
+                and 0 < document.given < len(document)
+            )
             assert all(p.size == (64, 64) and p.mode == "RGB" for p in document.pictures)
             batch = processor(document)
             assert (batch["labels"] != -100).any(), "a training document must teach something"
@@ -369,5 +492,11 @@ def test_documents_and_data_load_fast(module):
     """Libraries that take seconds to load are loaded by the functions that need them."""
     slow = ("datasets", "pandas", "pyarrow", "transformers", "diffusers", "matplotlib")
     code = f"import sys, {module}; print([name for name in {slow!r} if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert run.stdout.strip() == "[]"

@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, PATCHES, QUERIES, lessons, make_tiny, picture
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
@@ -16,14 +15,16 @@ from torch import nn
 import dreamllm_edu.training.fit
 import dreamllm_edu.training.mixture
 import dreamllm_edu.training.stage
-from dreamllm_edu.parts.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
 from dreamllm_edu.documents.document import Document, Dream
+from dreamllm_edu.parts.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
 from dreamllm_edu.parts.tokenizer import encode_text
 from dreamllm_edu.sequences import Layout
-from dreamllm_edu.training.recipe import corpora_of
 from dreamllm_edu.training.fit import fit, trainable_state
 from dreamllm_edu.training.mixture import FeatureCache, Mixture, run_stage, train
+from dreamllm_edu.training.recipe import corpora_of
 from dreamllm_edu.training.stage import Stage, set_trainable
+
+from conftest import CONTEXT, PATCHES, QUERIES, lessons, make_tiny, picture
 
 STEPS, GUIDANCE = 3, 2.0
 DREAM_START, QUERY, DREAM_END, IMAGE_START, PATCH, IMAGE_END = range(3, 9)
@@ -63,7 +64,12 @@ def slow_generate(model, processor, prompt, max_new_tokens, seed, max_pictures=4
     def draw():
         ids.extend(DREAM)
         z = torch.randn(1, 4, 8, 8, generator=noise)
-        drawn = to_pictures(decode_latents(model.vae, sample_latents(model.unet, model.scheduler, forward().conditions[-1:], null, GUIDANCE, STEPS, noise=z)))[0]
+        drawn = to_pictures(
+            decode_latents(
+                model.vae,
+                sample_latents(model.unet, model.scheduler, forward().conditions[-1:], null, GUIDANCE, STEPS, noise=z),
+            )
+        )[0]
         ids.extend(LOOK)
         seen.append(drawn)
         return drawn
@@ -106,12 +112,19 @@ def slow_generate(model, processor, prompt, max_new_tokens, seed, max_pictures=4
             count += 1
 
 
-PROMPTS = [Document(["cat:"]), Document(["dog:", Dream(), " two"]), Document([picture(4), "what a red cat", picture(5)]), Document(["cat:", " a red cat", picture(1), " and"])]
+PROMPTS = [
+    Document(["cat:"]),
+    Document(["dog:", Dream(), " two"]),
+    Document([picture(4), "what a red cat", picture(5)]),
+    Document(["cat:", " a red cat", picture(1), " and"]),
+]
 
 
 @pytest.mark.parametrize("which", range(len(PROMPTS)))
 def test_cached_generation_is_uncached_generation(which, trained, processor):
-    fast = trained.generate(PROMPTS[which], processor, max_new_tokens=14, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=5)
+    fast = trained.generate(
+        PROMPTS[which], processor, max_new_tokens=14, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=5
+    )
     slow = slow_generate(trained, processor, PROMPTS[which], 14, seed=5)
     same(fast, slow)
     assert len(fast.parts) > len(PROMPTS[which].parts) and fast.given == len(PROMPTS[which].parts)
@@ -140,7 +153,9 @@ def test_sampled_words_do_not_depend_on_the_batch_either(trained, processor):
 
 
 def test_the_same_seed_repeats_and_another_does_not(trained, processor):
-    ask = lambda **options: trained.generate(Document(["cat:", Dream()]), processor, max_new_tokens=0, num_inference_steps=STEPS, **options).pictures[0]
+    ask = lambda **options: trained.generate(
+        Document(["cat:", Dream()]), processor, max_new_tokens=0, num_inference_steps=STEPS, **options
+    ).pictures[0]
     assert ask(seed=1).tobytes() == ask(seed=1).tobytes()
     assert far(ask(seed=1), ask(seed=2)) > 10
     one, two = (ask(generator=torch.Generator().manual_seed(4)) for _ in range(2))
@@ -149,28 +164,53 @@ def test_the_same_seed_repeats_and_another_does_not(trained, processor):
 
 def test_pictures_depend_on_the_words_and_on_guidance(trained, processor):
     """So that `equal within one grey level` above says something."""
-    ask = lambda text, **options: trained.generate(Document([text, Dream()]), processor, max_new_tokens=0, num_inference_steps=STEPS, **options).pictures[0]
+    ask = lambda text, **options: trained.generate(
+        Document([text, Dream()]), processor, max_new_tokens=0, num_inference_steps=STEPS, **options
+    ).pictures[0]
     assert far(ask("cat:"), ask("dog:")) > 2
     assert far(ask("cat:", guidance_scale=1.0), ask("cat:", guidance_scale=8.0)) > 2
 
 
 def test_what_was_drawn_is_seen(trained, processor):
     """The picture that is fed back changes what is written after it, exactly as a given picture at the same place would."""
-    first = trained.generate(Document(["cat:", " a red cat", Dream()]), processor, max_new_tokens=0, num_inference_steps=STEPS, seed=1).pictures[0]
-    on = trained.generate(Document(["cat:", " a red cat", Dream()]), processor, max_new_tokens=6, max_pictures=1, num_inference_steps=STEPS, seed=1)
-    given = trained.generate(Document(["cat:", " a red cat", first], given=2), processor, max_new_tokens=6, max_pictures=0)
+    first = trained.generate(
+        Document(["cat:", " a red cat", Dream()]), processor, max_new_tokens=0, num_inference_steps=STEPS, seed=1
+    ).pictures[0]
+    on = trained.generate(
+        Document(["cat:", " a red cat", Dream()]),
+        processor,
+        max_new_tokens=6,
+        max_pictures=1,
+        num_inference_steps=STEPS,
+        seed=1,
+    )
+    given = trained.generate(
+        Document(["cat:", " a red cat", first], given=2), processor, max_new_tokens=6, max_pictures=0
+    )
     assert on.parts[2].tobytes() == first.tobytes() and on.parts[3:] == given.parts[3:]
     with torch.no_grad():
-        one, two = (trained(**{k: processor(Document([p, "what"], 1))[k] for k in ("input_ids", "pixel_values")}).logits[0, -1] for p in (first, picture(9)))
+        one, two = (
+            trained(**{k: processor(Document([p, "what"], 1))[k] for k in ("input_ids", "pixel_values")}).logits[0, -1]
+            for p in (first, picture(9))
+        )
     assert not torch.allclose(one, two, atol=1e-3), "or else pictures would not matter to words at all"
 
 
 def test_bounds_are_kept(trained, processor):
     for tokens, pictures in ((0, 4), (1, 0), (3, 0), (8, 1), (14, 2)):
         told = []
-        written = trained.generate(Document(["cat:"]), processor, max_new_tokens=tokens, max_pictures=pictures, num_inference_steps=1, callback=lambda i, part: told.append(part))
+        written = trained.generate(
+            Document(["cat:"]),
+            processor,
+            max_new_tokens=tokens,
+            max_pictures=pictures,
+            num_inference_steps=1,
+            callback=lambda i, part: told.append(part),
+        )
         assert len(written.pictures) <= pictures and sum(isinstance(part, str) for part in told) <= tokens
-        assert "".join(p for p in told if isinstance(p, str)) == "".join(written.texts[1:]), "what is streamed is what comes back"
+        assert "".join(p for p in told if isinstance(p, str)) == "".join(written.texts[1:]), (
+            "what is streamed is what comes back"
+        )
         assert [p.tobytes() for p in told if isinstance(p, Image.Image)] == [p.tobytes() for p in written.pictures]
 
 
@@ -180,12 +220,31 @@ def test_guidance_is_the_formula(tiny):
     one_step = lambda c, s: sample_latents(tiny.unet, tiny.scheduler, c, null, s, 1, noise=noise)
     alone, nothing = one_step(condition, 1.0), one_step(null.expand_as(condition), 1.0)
     assert torch.allclose(one_step(condition, 0.0), nothing, atol=1e-5)
-    assert torch.allclose(one_step(condition, 3.0), nothing + 3 * (alone - nothing), atol=1e-4), "one DDIM step is linear in the U-Net's answer"
+    assert torch.allclose(one_step(condition, 3.0), nothing + 3 * (alone - nothing), atol=1e-4), (
+        "one DDIM step is linear in the U-Net's answer"
+    )
     assert not torch.allclose(alone, nothing, atol=1e-3)
 
 
-SAMPLERS = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "PNDM", "UniPCMultistep", "DPMSolverMultistep", "DEISMultistep")
-SAMPLERS_TO_PURE_NOISE = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "UniPCMultistep", "DPMSolverMultistep")
+SAMPLERS = (
+    "DDIM",
+    "DDPM",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "PNDM",
+    "UniPCMultistep",
+    "DPMSolverMultistep",
+    "DEISMultistep",
+)
+SAMPLERS_TO_PURE_NOISE = (
+    "DDIM",
+    "DDPM",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "UniPCMultistep",
+    "DPMSolverMultistep",
+)
 
 
 class Knowing:
@@ -200,7 +259,9 @@ class Knowing:
         level = torch.as_tensor(np.interp(float(t), np.arange(1000), self.scheduler.alphas_cumprod)).float()
         a, s = level.sqrt(), (1 - level).sqrt()
         noise = (x - a * self.z) / s
-        return SimpleNamespace(sample=noise if self.scheduler.config.prediction_type == "epsilon" else a * noise - s * self.z)
+        return SimpleNamespace(
+            sample=noise if self.scheduler.config.prediction_type == "epsilon" else a * noise - s * self.z
+        )
 
 
 def test_the_levels_of_the_knowing_network_are_read_right():
@@ -210,16 +271,30 @@ def test_the_levels_of_the_knowing_network_are_read_right():
 
 
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-@pytest.mark.parametrize("kind, predicts", [(k, "epsilon") for k in SAMPLERS] + [(k, "v_prediction") for k in SAMPLERS_TO_PURE_NOISE])
+@pytest.mark.parametrize(
+    "kind, predicts", [(k, "epsilon") for k in SAMPLERS] + [(k, "v_prediction") for k in SAMPLERS_TO_PURE_NOISE]
+)
 def test_every_sampler_leads_a_network_that_knows_the_picture_there(kind, predicts):
     """Whether its start and what the network is shown are scaled as it wants them; and again from another picture, noised part of the way."""
     scheduler, words = DDPMScheduler(**scheduler_config(predicts)), torch.zeros(2, 2, 8)
     z, other, noise = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     knowing = Knowing(z, scheduler)
-    walk = lambda **more: sample_latents(knowing, scheduler, words, words, 1.0, 20, torch.Generator().manual_seed(1), noise=noise,
-                                         sampler=getattr(diffusers, f"{kind}Scheduler").from_config(scheduler.config), **more)
+    walk = lambda **more: sample_latents(
+        knowing,
+        scheduler,
+        words,
+        words,
+        1.0,
+        20,
+        torch.Generator().manual_seed(1),
+        noise=noise,
+        sampler=getattr(diffusers, f"{kind}Scheduler").from_config(scheduler.config),
+        **more,
+    )
     assert far_from(walk(), z) < 0.05
-    assert 0.8 < min(knowing.spread) and max(knowing.spread) < 1.25, "z and noise spread by 1, so all that is shown does; who knows z forgives a wrong start"
+    assert 0.8 < min(knowing.spread) and max(knowing.spread) < 1.25, (
+        "z and noise spread by 1, so all that is shown does; who knows z forgives a wrong start"
+    )
     if kind in ("HeunDiscrete", "PNDM"):
         with pytest.raises(ValueError, match="cannot start at a picture"):
             walk(latents=other, strength=0.5)
@@ -231,7 +306,11 @@ def test_every_sampler_leads_a_network_that_knows_the_picture_there(kind, predic
 
 def fixed_draws(n):
     g = torch.Generator().manual_seed(9)
-    return {"noise": torch.randn(n, 4, 8, 8, generator=g), "timesteps": torch.tensor([100, 700, 300, 999][:n]), "condition_drop_mask": torch.tensor([True, False, False, False][:n])}
+    return {
+        "noise": torch.randn(n, 4, 8, 8, generator=g),
+        "timesteps": torch.tensor([100, 700, 300, 999][:n]),
+        "condition_drop_mask": torch.tensor([True, False, False, False][:n]),
+    }
 
 
 def test_features_given_are_pictures_given(processor, tiny):
@@ -240,7 +319,12 @@ def test_features_given_are_pictures_given(processor, tiny):
     vae_noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     pictures = tiny(**batch, **draws, vae_noise=vae_noise)
     words = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
-    features = tiny(**words, **draws, image_features=tiny.encode_images(batch["pixel_values"]), latents=tiny.encode_latents(batch["target_pixel_values"], vae_noise))
+    features = tiny(
+        **words,
+        **draws,
+        image_features=tiny.encode_images(batch["pixel_values"]),
+        latents=tiny.encode_latents(batch["target_pixel_values"], vae_noise),
+    )
     for name in ("loss", "lm_loss", "image_loss", "logits", "conditions"):
         assert torch.equal(pictures[name], features[name]), name
 
@@ -250,10 +334,16 @@ def test_the_feature_cache_holds_what_the_frozen_parts_say(processor, tiny, worl
     refs = mixture.refs()[:10]
     cache = FeatureCache(tiny, processor, world, refs, batch=3)
     pictures = [world.picture(r.ref) for r in refs]
-    assert torch.allclose(cache.images(refs[::-1]), tiny.encode_images(processor.pixels(pictures[::-1])), atol=2e-3), "half precision, no more"
+    assert torch.allclose(cache.images(refs[::-1]), tiny.encode_images(processor.pixels(pictures[::-1])), atol=2e-3), (
+        "half precision, no more"
+    )
     drawn = torch.stack([cache.latents(refs[:4], torch.Generator().manual_seed(i)) for i in range(300)])
-    posterior = tiny.vae.encode(torch.stack([torch.tensor(np.asarray(p)).permute(2, 0, 1) / 127.5 - 1 for p in pictures[:4]])).latent_dist
-    assert torch.allclose(drawn.mean(0), posterior.mean, atol=0.3) and torch.allclose(drawn.std(0), posterior.std, rtol=0.3, atol=0.02)
+    posterior = tiny.vae.encode(
+        torch.stack([torch.tensor(np.asarray(p)).permute(2, 0, 1) / 127.5 - 1 for p in pictures[:4]])
+    ).latent_dist
+    assert torch.allclose(drawn.mean(0), posterior.mean, atol=0.3) and torch.allclose(
+        drawn.std(0), posterior.std, rtol=0.3, atol=0.02
+    )
 
 
 def test_padding_changes_nothing(processor, tiny):
@@ -270,14 +360,27 @@ def test_losses_by_hand(processor, tiny):
     """The joint loss, recomputed token by token and picture by picture."""
     batch, draws = processor(lessons()), fixed_draws(3)
     out = tiny(**batch, **draws, vae_noise=torch.zeros(3, 4, 8, 8))
-    losses = [-out.logits[b, t].log_softmax(-1)[batch["labels"][b, t + 1]] for b in range(2) for t in range(out.logits.shape[1] - 1) if batch["labels"][b, t + 1] != -100]
+    losses = [
+        -out.logits[b, t].log_softmax(-1)[batch["labels"][b, t + 1]]
+        for b in range(2)
+        for t in range(out.logits.shape[1] - 1)
+        if batch["labels"][b, t + 1] != -100
+    ]
     assert torch.allclose(out.lm_loss, torch.stack(losses).mean(), atol=1e-5)
-    latents, scheduler, errors = tiny.encode_latents(batch["target_pixel_values"], torch.zeros(3, 4, 8, 8)), DDPMScheduler(**tiny.config.scheduler_config), []
+    latents, scheduler, errors = (
+        tiny.encode_latents(batch["target_pixel_values"], torch.zeros(3, 4, 8, 8)),
+        DDPMScheduler(**tiny.config.scheduler_config),
+        [],
+    )
     conditions = torch.where(draws["condition_drop_mask"].view(-1, 1, 1), tiny.null_condition(), out.conditions)
     for i in range(3):
         alpha = scheduler.alphas_cumprod[draws["timesteps"][i]]
         z, noise = latents[i:i + 1], draws["noise"][i:i + 1]
-        said = tiny.unet(alpha.sqrt() * z + (1 - alpha).sqrt() * noise, draws["timesteps"][i], encoder_hidden_states=conditions[i:i + 1]).sample
+        said = tiny.unet(
+            alpha.sqrt() * z + (1 - alpha).sqrt() * noise,
+            draws["timesteps"][i],
+            encoder_hidden_states=conditions[i : i + 1],
+        ).sample
         errors.append((said - (alpha.sqrt() * noise - (1 - alpha).sqrt() * z)).square().mean())
     assert torch.allclose(out.image_loss, torch.stack(errors).mean(), rtol=1e-4)
     assert torch.allclose(out.loss, out.lm_loss + 10 * out.image_loss, rtol=1e-6), "lm : image = 1 : 10"
@@ -297,27 +400,49 @@ def test_gradient_reaches_the_conditions_through_the_frozen_unet(processor, tiny
     out = tiny(**batch, **{**fixed_draws(1), "condition_drop_mask": torch.tensor([False])})
     out.image_loss.backward()
     for part in ("dream_queries", "condition_projector", "language_model", "visual_projector"):
-        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in getattr(tiny, part).parameters()), f"no gradient reaches {part}"
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in getattr(tiny, part).parameters()), (
+            f"no gradient reaches {part}"
+        )
     for part in tiny.frozen_parts:
-        assert all(p.grad is None and not p.requires_grad for p in getattr(tiny, part).parameters()), f"{part} is frozen, but gets a gradient"
+        assert all(p.grad is None and not p.requires_grad for p in getattr(tiny, part).parameters()), (
+            f"{part} is frozen, but gets a gradient"
+        )
 
 
 def test_the_gradient_is_the_slope(processor, tiny):
     """Against a finite difference of the loss along the gradient: a detach anywhere on the way would show."""
     tiny = tiny.double()
-    batch, draws = processor(Document(["a red cat", picture(1)], given=1)), {k: v.double() if v.is_floating_point() else v for k, v in fixed_draws(1).items()}
+    batch, draws = (
+        processor(Document(["a red cat", picture(1)], given=1)),
+        {k: v.double() if v.is_floating_point() else v for k, v in fixed_draws(1).items()},
+    )
     draws["condition_drop_mask"] = torch.tensor([False])
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weights = [tiny.dream_queries.weight, tiny.condition_projector.linear.weight, tiny.language_model.model.layers[0].mlp.up_proj.weight]
+    weights = [
+        tiny.dream_queries.weight,
+        tiny.condition_projector.linear.weight,
+        tiny.language_model.model.layers[0].mlp.up_proj.weight,
+    ]
 
     def loss():
         scheduler = tiny.scheduler
-        states = tiny(input_ids=batch["input_ids"], image_features=tiny.encode_images(batch["pixel_values"].double())).conditions
+        states = tiny(
+            input_ids=batch["input_ids"], image_features=tiny.encode_images(batch["pixel_values"].double())
+        ).conditions
         alpha = scheduler.alphas_cumprod[draws["timesteps"]].double().view(-1, 1, 1, 1)
-        said = tiny.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * draws["noise"], draws["timesteps"], encoder_hidden_states=states).sample
+        said = tiny.unet(
+            alpha.sqrt() * latents + (1 - alpha).sqrt() * draws["noise"],
+            draws["timesteps"],
+            encoder_hidden_states=states,
+        ).sample
         return (said - (alpha.sqrt() * draws["noise"] - (1 - alpha).sqrt() * latents)).square().mean()
 
-    out = tiny(input_ids=batch["input_ids"], image_features=tiny.encode_images(batch["pixel_values"].double()), latents=latents, **draws)
+    out = tiny(
+        input_ids=batch["input_ids"],
+        image_features=tiny.encode_images(batch["pixel_values"].double()),
+        latents=latents,
+        **draws,
+    )
     slopes = torch.autograd.grad(out.image_loss, weights)
     for weight, slope in zip(weights, slopes):
         step = 1e-4 * slope / slope.norm()
@@ -337,7 +462,16 @@ def small(world, names=("cat", "dog", "rose", "bus", "owl", "key", "drum", "lemo
     return few
 
 
-STAGE = Stage("test", ("visual_projector", "dream_queries", "condition_projector"), {"pairs": 0.5, "edits": 0.5}, 1e-3, 4, 4, warmup=1, ema_decay=0.9)
+STAGE = Stage(
+    "test",
+    ("visual_projector", "dream_queries", "condition_projector"),
+    {"pairs": 0.5, "edits": 0.5},
+    1e-3,
+    4,
+    4,
+    warmup=1,
+    ema_decay=0.9,
+)
 
 
 def test_a_stage_changes_what_it_trains_and_nothing_else(processor, tiny, world):
@@ -366,7 +500,11 @@ def test_a_stage_of_texts_alone_needs_no_pictures(processor, tiny, world):
 
 def test_weight_decay_is_the_stages_own(processor, tiny, world, monkeypatch):
     asked = []
-    monkeypatch.setattr(dreamllm_edu.training.mixture, "fit", lambda model, *a, weight_decay, **k: asked.append(weight_decay) or (model, []))
+    monkeypatch.setattr(
+        dreamllm_edu.training.mixture,
+        "fit",
+        lambda model, *a, weight_decay, **k: asked.append(weight_decay) or (model, []),
+    )
     for decay in (0.0, 0.3):
         run_stage(tiny, Stage(**{**vars(STAGE), "weight_decay": decay}), None, None)
     assert asked == [0.0, 0.3]
@@ -382,14 +520,23 @@ def test_set_trainable(trains, tiny):
 
 def test_condition_dropout_trains_the_null_condition(processor, tiny):
     batch, draws = processor(lessons()), fixed_draws(3)
-    losses = [tiny(**batch, **{**draws, "condition_drop_mask": torch.tensor([d] * 3)}, vae_noise=torch.zeros(3, 4, 8, 8)).image_loss for d in (False, True)]
+    losses = [
+        tiny(
+            **batch, **{**draws, "condition_drop_mask": torch.tensor([d] * 3)}, vae_noise=torch.zeros(3, 4, 8, 8)
+        ).image_loss
+        for d in (False, True)
+    ]
     assert not torch.allclose(*losses), "a dropped condition must be another one"
     tiny.train()
     tiny.config.condition_dropout = 0.25
-    masks = torch.cat([tiny.draws(torch.zeros(8, 4, 8, 8), torch.Generator().manual_seed(i), None, None, None)[2] for i in range(200)])
+    masks = torch.cat(
+        [tiny.draws(torch.zeros(8, 4, 8, 8), torch.Generator().manual_seed(i), None, None, None)[2] for i in range(200)]
+    )
     assert 0.2 < masks.float().mean() < 0.3
     tiny.eval()
-    assert tiny.draws(torch.zeros(8, 4, 8, 8), torch.Generator().manual_seed(0), None, None, None)[2] is None, "no dropout in evaluation"
+    assert tiny.draws(torch.zeros(8, 4, 8, 8), torch.Generator().manual_seed(0), None, None, None)[2] is None, (
+        "no dropout in evaluation"
+    )
 
 
 # ---------------------------------------------------------------- stopping and going on
@@ -424,7 +571,9 @@ def noisy_loss(model, step, generator):
 
 def tiny_loss(processor):
     batch = processor(lessons())
-    return lambda model, step, generator: (lambda out: {"loss": out.loss, "lm_loss": out.lm_loss, "image_loss": out.image_loss})(model(**batch, generator=generator))
+    return lambda model, step, generator: (
+        lambda out: {"loss": out.loss, "lm_loss": out.lm_loss, "image_loss": out.image_loss}
+    )(model(**batch, generator=generator))
 
 
 def losses_of(history):
@@ -439,7 +588,16 @@ def forget_the_run(path):
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_resumed_training_is_uninterrupted_training(precision, processor, tmp_path):
     """DreamLLM, bit for bit: weights, average, losses; stopped between two saves, and after one."""
-    options = dict(steps=6, learning_rate=1e-3, seed=3, warmup=2, ema_decay=0.9, mixed_precision=precision, save_every=2, progress=False)
+    options = dict(
+        steps=6,
+        learning_rate=1e-3,
+        seed=3,
+        warmup=2,
+        ema_decay=0.9,
+        mixed_precision=precision,
+        save_every=2,
+        progress=False,
+    )
     loss = tiny_loss(processor)
     whole_model = make_tiny()
     whole, history = fit(whole_model, loss, folder=tmp_path / "whole", **options)
@@ -461,8 +619,12 @@ def test_resumed_training_is_uninterrupted_training(precision, processor, tmp_pa
     assert losses_of(again_history) == losses_of(history) and [row["step"] for row in history] == list(range(6))
     for one, two in ((whole, again), (whole_model, again_model)):
         assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
-    assert not all(torch.equal(v, make_tiny().state_dict()[k]) for k, v in whole.state_dict().items()), "something must have been learned"
-    assert losses_of(json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()) == losses_of(history)
+    assert not all(torch.equal(v, make_tiny().state_dict()[k]) for k, v in whole.state_dict().items()), (
+        "something must have been learned"
+    )
+    assert losses_of(
+        json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    ) == losses_of(history)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
@@ -486,7 +648,10 @@ def test_a_net_that_counts_resumes_too(ema_decay, at, tmp_path):
 def test_all_stages_resume(processor, world, tmp_path):
     """`train`, stopped inside the second stage."""
     few = small(world)
-    stages = [STAGE, Stage("second", STAGE.trains + ("language_model",), {"pairs": 1.0}, 1e-3, 4, 4, warmup=1, ema_decay=0.9)]
+    stages = [
+        STAGE,
+        Stage("second", STAGE.trains + ("language_model",), {"pairs": 1.0}, 1e-3, 4, 4, warmup=1, ema_decay=0.9),
+    ]
     job = lambda model, folder: train(model, processor, stages, few, folder, seed=2, progress=False)
     whole = make_tiny()
     histories = job(whole, tmp_path / "whole")
@@ -538,7 +703,14 @@ def test_a_gradient_that_is_not_finite_stops_and_changes_nothing():
     net = nn.Linear(1, 1)
     before = net.weight.detach().clone()
     with pytest.raises(FloatingPointError):
-        fit(net, lambda m, s, g: {"loss": (m(torch.zeros(1, 1)) * 0).sum().sqrt()}, 2, 1e-2, mixed_precision="no", progress=False)
+        fit(
+            net,
+            lambda m, s, g: {"loss": (m(torch.zeros(1, 1)) * 0).sum().sqrt()},
+            2,
+            1e-2,
+            mixed_precision="no",
+            progress=False,
+        )
     assert torch.equal(before, net.weight)
 
 
@@ -568,8 +740,19 @@ def test_learning_learns(processor):
     """The whole chain in one number: the denoising loss of two documents falls when only queries and condition projector may move."""
     model = make_tiny()
     set_trainable(model, Stage("any", ("dream_queries", "condition_projector"), {}, 1e-3, 1, 1))
-    batch, draws = processor(lessons()), {**fixed_draws(3), "vae_noise": torch.zeros(3, 4, 8, 8), "condition_drop_mask": torch.tensor([False] * 3)}
-    _, history = fit(model, lambda m, s, g: {"loss": m(**batch, **draws).image_loss}, 30, 3e-2, warmup=3, mixed_precision="no", progress=False)
+    batch, draws = (
+        processor(lessons()),
+        {**fixed_draws(3), "vae_noise": torch.zeros(3, 4, 8, 8), "condition_drop_mask": torch.tensor([False] * 3)},
+    )
+    _, history = fit(
+        model,
+        lambda m, s, g: {"loss": m(**batch, **draws).image_loss},
+        30,
+        3e-2,
+        warmup=3,
+        mixed_precision="no",
+        progress=False,
+    )
     assert history[-1]["loss"] < history[0]["loss"] - 0.01
 
 
@@ -590,7 +773,10 @@ def test_a_model_that_is_training_writes_as_one_that_is_not_and_goes_on_training
 
 
 def test_a_piece_of_a_long_list_is_written_as_in_the_whole_list(trained, processor):
-    prompts, ask = [Document([text]) for text in ("cat:", "dog:", "two")], dict(max_new_tokens=5, max_pictures=0, temperature=1.5, seed=3)
+    prompts, ask = (
+        [Document([text]) for text in ("cat:", "dog:", "two")],
+        dict(max_new_tokens=5, max_pictures=0, temperature=1.5, seed=3),
+    )
     assert trained.generate(prompts[2:], processor, first=2, **ask) == trained.generate(prompts, processor, **ask)[2:]
     assert trained.generate(prompts[2:], processor, **ask) != trained.generate(prompts, processor, **ask)[2:]
 
@@ -609,7 +795,9 @@ def test_the_slot_layout_is_a_layout(processor):
     layout = processor.layout
     assert isinstance(layout, Layout)
     assert (layout.max_length, layout.pad_token_id) == (CONTEXT, processor.tokenizer.pad_token_id)
-    assert not isinstance(processor.tokenizer, Layout), "a tokenizer has no encode of documents, but the check must see that"
+    assert not isinstance(processor.tokenizer, Layout), (
+        "a tokenizer has no encode of documents, but the check must see that"
+    )
 
 
 def test_corpora_of_a_recipe_can_be_sent_to_another_process():

@@ -1,9 +1,10 @@
-"""A citizen of the Hugging Face world: auto classes, dtypes, checkpointing, attention choice, adapters, a folder for the hub."""
+"""A citizen of the Hugging Face world: auto classes, dtypes, checkpointing, attention choice, adapters, a folder for
+the hub."""
+
 import json
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from dreamllm_edu.app.card import model_card, save_for_hub
@@ -12,6 +13,8 @@ from dreamllm_edu.documents.document import Document
 from dreamllm_edu.models.dreamllm.model import DreamLLM
 from dreamllm_edu.models.dreamllm.weights import mini, mini_processor
 from dreamllm_edu.training.stage import STAGES, set_trainable
+
+from conftest import ROOT
 
 METRICS = json.loads((ROOT / "dreamllm_edu/weights/mini/metrics.json").read_text())
 
@@ -40,7 +43,9 @@ def test_auto_classes_load_the_folder(hub):
     for auto in (AutoModel, AutoModelForImageTextToText):
         model = auto.from_pretrained(hub, local_files_only=True)
         assert isinstance(model, DreamLLM)
-        assert torch.allclose(model.eval()(**inputs, generator=torch.Generator().manual_seed(0)).loss, wanted, atol=1e-4)
+        assert torch.allclose(
+            model.eval()(**inputs, generator=torch.Generator().manual_seed(0)).loss, wanted, atol=1e-4
+        )
 
 
 def test_the_card_is_written_from_measured_numbers(hub):
@@ -61,7 +66,10 @@ def test_attention_is_chosen_by_the_config(hub):
     found = {}
     for kind in ("eager", "sdpa"):
         model = DreamLLM.from_pretrained(hub, attn_implementation=kind).eval()
-        assert model.language_model.config._attn_implementation == kind and model.vision_encoder.config._attn_implementation == kind
+        assert (
+            model.language_model.config._attn_implementation == kind
+            and model.vision_encoder.config._attn_implementation == kind
+        )
         with torch.no_grad():
             found[kind] = model(**inputs).logits
     assert (found["eager"] - found["sdpa"]).abs().max() < 1e-3
@@ -87,8 +95,16 @@ def test_generation_config():
     short = model.generate(prompt, processor, max_new_tokens=3, max_pictures=0)
     same = model.generate(prompt, processor, max_pictures=0, generation_config=GenerationConfig(max_new_tokens=3))
     assert same.parts == short.parts
-    sampled = [model.generate(prompt, processor, max_pictures=0, seed=s, generation_config=GenerationConfig(max_new_tokens=12, do_sample=True, temperature=3.0)).texts
-               for s in (0, 1)]
+    sampled = [
+        model.generate(
+            prompt,
+            processor,
+            max_pictures=0,
+            seed=s,
+            generation_config=GenerationConfig(max_new_tokens=12, do_sample=True, temperature=3.0),
+        ).texts
+        for s in (0, 1)
+    ]
     assert sampled[0] != sampled[1]
 
 
@@ -98,7 +114,9 @@ def test_lora_trains_little():
     inputs = batch(mini_processor())
     with torch.no_grad():
         before = model.eval()(**inputs).logits
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), model.language_model)  # in place: it stays a Llama
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), model.language_model
+    )  # in place: it stays a Llama
     set_trainable(model, STAGES["mini"][2])
     with torch.no_grad():
         assert torch.allclose(model.eval()(**inputs).logits, before, atol=1e-5), "a new adapter changes nothing"

@@ -4,12 +4,13 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from conftest import ROOT, picture
 from huggingface_hub import ModelCard
 
 from dreamllm_edu.app import page
 from dreamllm_edu.app.card import model_card
 from dreamllm_edu.documents.document import Document
+
+from conftest import ROOT, picture
 
 METRICS = json.loads((ROOT / "dreamllm_edu/weights/mini/metrics.json").read_text())
 TEMPLATES = ROOT / "dreamllm_edu" / "app" / "templates"
@@ -51,8 +52,15 @@ def shown():
 @pytest.fixture(scope="module")
 def quick():
     short = {key: METRICS[key] for key in ("creation", "comprehension", "layout")}
-    return {"shown": [[picture(i) for i in range(2)]] * 2, "labels": ["before", "after"], "texts": ["owl in Noto style", ATTACK], "stages": ["1-alignment"],
-            "histories": [[{"image_loss": 1.0}, {"image_loss": 0.5, "lm_loss": 2.0}]], "untrained": short, "trained": short}
+    return {
+        "shown": [[picture(i) for i in range(2)]] * 2,
+        "labels": ["before", "after"],
+        "texts": ["owl in Noto style", ATTACK],
+        "stages": ["1-alignment"],
+        "histories": [[{"image_loss": 1.0}, {"image_loss": 0.5, "lm_loss": 2.0}]],
+        "untrained": short,
+        "trained": short,
+    }
 
 
 def test_the_page_is_whole_escaped_and_self_contained(shown, quick):
@@ -70,15 +78,29 @@ def test_the_page_is_whole_escaped_and_self_contained(shown, quick):
         assert f"<td>{name}</td><td>{page.metric_cell(value)}</td>" in text, name
 
 
-@pytest.mark.parametrize("value, text, cell", [
-    ({"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}, "0.50 [0.25, 0.75], n=4", "0.50 <small>[0.25, 0.75], n=4</small>"),
-    ({"value": None, "low": None, "high": None, "n": 0}, "–", "–"), (0.123456, "0.123", "0.123"), (12, "12", "12"), ("<b>", "<b>", "&lt;b&gt;")])
+@pytest.mark.parametrize(
+    "value, text, cell",
+    [
+        (
+            {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4},
+            "0.50 [0.25, 0.75], n=4",
+            "0.50 <small>[0.25, 0.75], n=4</small>",
+        ),
+        ({"value": None, "low": None, "high": None, "n": 0}, "–", "–"),
+        (0.123456, "0.123", "0.123"),
+        (12, "12", "12"),
+        ("<b>", "<b>", "&lt;b&gt;"),
+    ],
+)
 def test_a_metric_is_written(value, text, cell):
     assert page.metric_text(value) == text and page.metric_cell(value) == cell
 
 
 def test_tables_have_as_many_cells_as_columns():
-    for table in (page.creation_table(METRICS["creation"]), page.learning_table({"untrained": METRICS, "trained": METRICS}, METRICS)):
+    for table in (
+        page.creation_table(METRICS["creation"]),
+        page.learning_table({"untrained": METRICS, "trained": METRICS}, METRICS),
+    ):
         tags = Checker(table).tags
         assert tags.count("td") == tags.count("th") * (tags.count("tr") - 1) and tags.count("tr") > 10
         assert "\n\n" not in table, "an empty line would end the table in Markdown"
@@ -91,7 +113,10 @@ def test_a_name_that_a_template_lacks_is_an_error():
 
 
 def test_all_templates_are_used_and_compile():
-    used = " ".join(path.read_text(encoding="utf8") for path in [*TEMPLATES.iterdir(), *(ROOT / "dreamllm_edu" / "app").glob("*.py")])
+    used = " ".join(
+        path.read_text(encoding="utf8")
+        for path in [*TEMPLATES.iterdir(), *(ROOT / "dreamllm_edu" / "app").glob("*.py")]
+    )
     for path in TEMPLATES.iterdir():
         assert path.suffix == ".jinja" and f'"{path.name}"' in used, path.name
         page.templates().get_template(path.name)
@@ -100,12 +125,18 @@ def test_all_templates_are_used_and_compile():
 def test_the_card_has_valid_front_matter_and_the_measured_numbers():
     text = model_card(METRICS, "Tiny")
     front = yaml.safe_load(text.split("---\n")[1])
-    assert front["license"] == "apache-2.0" and front["library_name"] == "transformers" and front["model-index"][0]["name"] == "Tiny"
+    assert (
+        front["license"] == "apache-2.0"
+        and front["library_name"] == "transformers"
+        and front["model-index"][0]["name"] == "Tiny"
+    )
     card = ModelCard(text)
     found = {(r.dataset_config, r.metric_name): r.metric_value for r in card.data.eval_results}
     assert len(found) == 3 + 3 + 2
     assert found["seen", "concept top-1 of the judge"] == round(METRICS["creation"]["seen"]["concept_top1"]["value"], 4)
-    assert found["held_out_renderings", "captions that name the concept exactly"] == round(METRICS["comprehension"]["caption_top1"]["held_out_renderings"]["value"], 4)
+    assert found["held_out_renderings", "captions that name the concept exactly"] == round(
+        METRICS["comprehension"]["caption_top1"]["held_out_renderings"]["value"], 4
+    )
     assert "# Tiny\n" in text and "seconds" not in text and text.count("\n| ") > 60
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")

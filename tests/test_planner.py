@@ -1,4 +1,6 @@
-"""What the planner predicts against what is there: bytes of real tensors, shards of two processes, a real peak of memory, a step of full size."""
+"""What the planner predicts against what is there: bytes of real tensors, shards of two processes, a real peak of
+memory, a step of full size."""
+
 import json
 import os
 import subprocess
@@ -8,17 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamllm_edu.models.dreamllm.model import DreamLLM
-from dreamllm_edu.models.dreamllm.weights import mini
 from dreamllm_edu.models.dreamllm.official import parameters_of
+from dreamllm_edu.models.dreamllm.weights import mini
 from dreamllm_edu.planning import (
-    FROZEN, LiveBytes, SavedBytes, cache_bytes, dry_run, find_stage, gathered_bytes, measure, picture_batch,
-    plan, rows_of, scale_config, stages_of, state_bytes, token_batch, weights_of)
+    FROZEN,
+    LiveBytes,
+    SavedBytes,
+    cache_bytes,
+    dry_run,
+    find_stage,
+    gathered_bytes,
+    measure,
+    picture_batch,
+    plan,
+    rows_of,
+    scale_config,
+    stages_of,
+    state_bytes,
+    token_batch,
+    weights_of,
+)
 from dreamllm_edu.training.fit import trainable_state
 from dreamllm_edu.training.stage import STAGES, set_trainable
+
+from conftest import make_tiny
 
 HERE = Path(__file__).resolve().parent
 STAGE_NUMBERS = (1, 2, 3)
@@ -26,7 +44,9 @@ STAGE_NUMBERS = (1, 2, 3)
 
 def real_batch(config, micro_batch=1, length=None):
     """What the planner measures with, with numbers in it; pictures as features."""
-    drawn = {name: torch.randn(t.shape) for name, t in picture_batch(config, micro_batch, torch.float32, cached=True).items()}
+    drawn = {
+        name: torch.randn(t.shape) for name, t in picture_batch(config, micro_batch, torch.float32, cached=True).items()
+    }
     return {**token_batch(config, micro_batch, length), **drawn, "timesteps": torch.full((micro_batch,), 500),
             "condition_drop_mask": torch.zeros(micro_batch, dtype=torch.bool), "labelled_only": True}
 
@@ -46,9 +66,12 @@ def states_of(model, optimizer):
     local = lambda t: t.to_local() if hasattr(t, "to_local") else t
     size = lambda tensors: sum(local(t).numel() * local(t).element_size() for t in tensors)
     frozen = [p for name, p in model.named_parameters() if name.split(".")[0] in FROZEN]
-    return {"weights": size(p for name, p in model.named_parameters() if name.split(".")[0] not in FROZEN),
-            "gradients": size(p.grad for p in model.parameters() if p.grad is not None),
-            "AdamW": size(t for state in optimizer.state.values() for t in state.values()), "frozen parts": size(frozen)}
+    return {
+        "weights": size(p for name, p in model.named_parameters() if name.split(".")[0] not in FROZEN),
+        "gradients": size(p.grad for p in model.parameters() if p.grad is not None),
+        "AdamW": size(t for state in optimizer.state.values() for t in state.values()),
+        "frozen parts": size(frozen),
+    }
 
 
 @pytest.mark.parametrize("number", STAGE_NUMBERS)
@@ -57,14 +80,19 @@ def test_state_bytes_are_those_of_real_tensors(number):
     found = states_of(model, one_step(model, stage))
     predicted = state_bytes(model.config, stage, parallel="single", frozen_dtype=torch.float32)
     assert found == {item: predicted[item] for item in found}
-    assert predicted["moving average"] == sum(t.nbytes for t in trainable_state(model).values()), "the average of what trains, as a run keeps it"
+    assert predicted["moving average"] == sum(t.nbytes for t in trainable_state(model).values()), (
+        "the average of what trains, as a run keeps it"
+    )
 
 
 def test_sharded_bytes_are_those_of_two_processes(tmp_path):
     """`fully_shard` itself, over gloo, with layers of odd sizes: both ranks, stages I and II."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     line = [sys.executable, "-c", "import sys, test_planner; test_planner.shard(*sys.argv[1:])"]
-    ranks = [subprocess.Popen([*line, str(tmp_path), str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen([*line, str(tmp_path), str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
     errors = [rank.communicate(timeout=150)[1] for rank in ranks]
     assert not any(rank.returncode for rank in ranks), errors
     for number in (1, 2):
@@ -111,7 +139,11 @@ def test_fake_activations_are_the_real_ones(checkpointing):
         model.unet.enable_gradient_checkpointing()
     model.train()
     batch = real_batch(model.config, 2, 64)
-    known = [t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *batch.values()] if torch.is_tensor(t)]
+    known = [
+        t.untyped_storage()._cdata
+        for t in [*model.parameters(), *model.buffers(), *batch.values()]
+        if torch.is_tensor(t)
+    ]
     live, saved = LiveBytes(known), SavedBytes(known)
     for p in model.parameters():
         if p.requires_grad:
@@ -157,32 +189,55 @@ print(json.dumps([baseline, *peaks[1:]]))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("checkpointing, batches", [(False, (2, 8)), (True, (4, 16))])
 def test_peak_memory_of_a_real_step(checkpointing, batches):
-    """The operating system's own number for a step of the miniature, in a process of its own, within 10 % of the prediction.
+    """The operating system's own number for a step of the miniature, in a process of its own, within 10 % of the
+    prediction.
 
-    Measured: the process before the model exists, and what the libraries need beside it (with a smaller step). Predicted: states and activations.
-    The allocator is told to give memory back at once (MALLOC_MMAP_THRESHOLD_), so that the peak is the model's and not its habits'."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1",
-                   "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    Measured: the process before the model exists, and what the libraries need beside it (with a smaller step).
+    Predicted: states and activations.
+    The allocator is told to give memory back at once (MALLOC_MMAP_THRESHOLD_), so that the peak is the model's and not
+    its habits'."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+    }
     line = [sys.executable, "-c", PEAK, str(checkpointing), *map(str, batches)]
     found = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=170)
     assert found.returncode == 0, found.stderr[-2000:]
     baseline, small, large = json.loads(found.stdout)
     config, stage = scale_config("mini"), stages_of("mini")[1]
-    states = sum(state_bytes(config, replace(stage, ema_decay=0.0), parallel="single", frozen_dtype=torch.float32).values())
-    activations = [measure(config, stage, b, precision="fp32", cached=True, checkpointing=checkpointing)["peak"] for b in batches]
+    states = sum(
+        state_bytes(config, replace(stage, ema_decay=0.0), parallel="single", frozen_dtype=torch.float32).values()
+    )
+    activations = [
+        measure(config, stage, b, precision="fp32", cached=True, checkpointing=checkpointing)["peak"] for b in batches
+    ]
     libraries = small - baseline - states - activations[0]
     predicted = baseline + states + activations[1] + libraries
-    print(f"measured {large / 1e6:.0f} MB, predicted {predicted / 1e6:.0f}; activations {activations[1] / 1e6:.0f} of it, libraries "
-          f"{libraries / 1e6:.0f}; growth {(large - small) / 1e6:.0f}, predicted {(activations[1] - activations[0]) / 1e6:.0f}")
+    print(
+        f"measured {large / 1e6:.0f} MB, predicted {predicted / 1e6:.0f}; activations "
+        f"{activations[1] / 1e6:.0f} of it, libraries "
+        f"{libraries / 1e6:.0f}; growth {(large - small) / 1e6:.0f}, predicted "
+        f"{(activations[1] - activations[0]) / 1e6:.0f}"
+    )
     assert abs(libraries) < 0.2 * small, "what is not explained must be small"
     assert large == pytest.approx(predicted, rel=0.1)
-    assert large - small == pytest.approx(activations[1] - activations[0], rel=0.1), "also without the baseline, which flatters"
+    assert large - small == pytest.approx(activations[1] - activations[0], rel=0.1), (
+        "also without the baseline, which flatters"
+    )
 
 
 def peak_memory():
     """The most memory this process ever had, in bytes; 0 where the system does not say."""
     status = Path("/proc/self/status")
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")) if status.exists() else 0
+    return (
+        next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        if status.exists()
+        else 0
+    )
 
 
 def test_dry_run_of_the_paper():
@@ -200,11 +255,14 @@ def test_dry_run_of_the_paper():
 
 
 def test_the_dry_run_names_missing_gradients():
-    """A stage that wants to train the VAE: no gradient reaches it, and the report must say so; the language model alone is in order."""
+    """A stage that wants to train the VAE: no gradient reaches it, and the report must say so; the language model alone
+    is in order."""
     report = dry_run("mini", replace(find_stage("mini", 2), trains=("language_model", "vae")))
     assert report["wrong"] and all(name.startswith("vae.") for name in report["wrong"])
     report = dry_run("mini", replace(find_stage("mini", 2), trains=("language_model",)))
-    assert report["wrong"] == [] and report["trained"] == sum(w.numel() for w in weights_of(scale_config("mini")) if w.part == "language_model")
+    assert report["wrong"] == [] and report["trained"] == sum(
+        w.numel() for w in weights_of(scale_config("mini")) if w.part == "language_model"
+    )
 
 
 def test_scales():
@@ -236,7 +294,10 @@ def test_gathered_layers():
     config, stage = scale_config("paper"), STAGES["paper"][1]
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096  # Llama-7B's decoder layer, by hand
     root = 2 * 32008 * 4096 + 4096 + 64 * 4096 + 1024 * 4096 + 4096 + 4096 * 1024
-    assert gathered_bytes(config, stage, 8) == {"weights in use": 2 * (root + 2 * layer), "gradients on their way": 2 * (root + layer) + 4 * layer}
+    assert gathered_bytes(config, stage, 8) == {
+        "weights in use": 2 * (root + 2 * layer),
+        "gradients on their way": 2 * (root + layer) + 4 * layer,
+    }
     assert gathered_bytes(config, stage, 1, "single", torch.float32)["weights in use"] == 0
 
 
@@ -246,13 +307,21 @@ def test_flops_by_hand():
     n = sum(w.numel() for w in weights_of(config) if ".layers." in w.name and "language_model" in w.name)
     one, two = (measure(config, stage, b, tokens, precision="fp32", cached=True) for b in (1, 2))
     labelled = (token_batch(config, 1, tokens)["labels"][:, 1:] != -100).sum().item()
-    by_hand = 2 * n * tokens + 4 * tokens**2 * text.hidden_size * text.num_hidden_layers + 2 * labelled * text.hidden_size * text.vocab_size
+    by_hand = (
+        2 * n * tokens
+        + 4 * tokens**2 * text.hidden_size * text.num_hidden_layers
+        + 2 * labelled * text.hidden_size * text.vocab_size
+    )
     model = DreamLLM(config).eval()
     batch = real_batch(config, 1, tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as unet:
         width = config.unet_config["cross_attention_dim"]
-        model.unet(batch["latents"], batch["timesteps"], encoder_hidden_states=torch.zeros(1, config.num_queries, width))
-    projected = 2 * text.hidden_size * (config.num_patches * config.vision_config.hidden_size + config.num_queries * width)
+        model.unet(
+            batch["latents"], batch["timesteps"], encoder_hidden_states=torch.zeros(1, config.num_queries, width)
+        )
+    projected = (
+        2 * text.hidden_size * (config.num_patches * config.vision_config.hidden_size + config.num_queries * width)
+    )
     assert one["forward_flops"] == pytest.approx(by_hand + unet.get_total_flops() + projected, rel=0.001)
     assert two["flops"] == pytest.approx(2 * one["flops"], rel=1e-6)
 
@@ -266,7 +335,11 @@ def test_plan():
         assert planned.hours * 3600 * planned.samples_per_second == pytest.approx(stage.steps * stage.batch)
         assert planned.samples_per_second * planned.flops == pytest.approx(2 * 10e12 * 0.4)
         assert planned.total + planned.headroom == pytest.approx(3.6e9)
-    assert found.cache_bytes == cache_bytes(scale_config("mini")) == {"CLIP features": 16 * 192 * 2, "VAE latents": 2 * 8 * 8 * 8 * 2}
+    assert (
+        found.cache_bytes
+        == cache_bytes(scale_config("mini"))
+        == {"CLIP features": 16 * 192 * 2, "VAE latents": 2 * 8 * 8 * 8 * 2}
+    )
     at = lambda n: plan("mini", 2, 2, 4, micro_batch=n, precision="fp32", device=10, cached=True)
     largest = found.stages[1].largest
     assert at(largest).fits and not at(largest + 1).fits, "the largest micro batch is the largest"
@@ -274,11 +347,27 @@ def test_plan():
     assert not tight.fits and tight.stages[0].largest == 0 and "no" in tight.table()
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"scale": "huge"}, "scale='huge'"), ({"stage": 6}, "stage=6"), ({"stage": "first"}, "1-alignment"), ({"gpus": 0}, "gpus=0"),
-    ({"gpu_memory": 0}, "gpu_memory=0"), ({"micro_batch": 0}, "micro_batch=0"), ({"precision": "fp8"}, "fp8"), ({"device": "tpu"}, "a100"),
-    ({"parallel": "single"}, "one GPU"), ({"parallel": "tensor"}, "fsdp2"), ({"utilisation": 0}, "utilisation=0"), ({"reserve": 1}, "reserve=1"),
-    ({"length": 10}, "length=10"), ({"length": 5000}, "length=5000"), ({"pictures": 0}, "pictures=0"), ({"device": -1}, "device=-1")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"scale": "huge"}, "scale='huge'"),
+        ({"stage": 6}, "stage=6"),
+        ({"stage": "first"}, "1-alignment"),
+        ({"gpus": 0}, "gpus=0"),
+        ({"gpu_memory": 0}, "gpu_memory=0"),
+        ({"micro_batch": 0}, "micro_batch=0"),
+        ({"precision": "fp8"}, "fp8"),
+        ({"device": "tpu"}, "a100"),
+        ({"parallel": "single"}, "one GPU"),
+        ({"parallel": "tensor"}, "fsdp2"),
+        ({"utilisation": 0}, "utilisation=0"),
+        ({"reserve": 1}, "reserve=1"),
+        ({"length": 10}, "length=10"),
+        ({"length": 5000}, "length=5000"),
+        ({"pictures": 0}, "pictures=0"),
+        ({"device": -1}, "device=-1"),
+    ],
+)
 def test_what_cannot_be_planned(wrong, message):
     with pytest.raises(ValueError, match=message):
         plan(**{"scale": "mini", "gpus": 2, **wrong})

@@ -1,4 +1,5 @@
 """Two and four processes over gloo: FSDP2 = DDP = one process, for every stage; checkpoints of two are read by one and by four; a rank that dies."""
+
 import os
 import shutil
 import subprocess
@@ -7,20 +8,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import ranks_without_pictures, stage_two, train_all
 from safetensors.torch import load_file
 from test_train import curve
 
 from dreamllm_edu.training.checkpoint import last_checkpoint
 from dreamllm_edu.training.report import read_log
 
+from ranks import ranks_without_pictures, stage_two, train_all
+
 HERE = Path(__file__).parent
 COLUMNS = ("step", "lr", "lm", "image", "norm", "lm/texts", "image/articles")
 
 
 def launch(world, folder, *jobs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent)}
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(HERE / "ranks.py"), str(folder), *jobs]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(HERE.parent),
+    }
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+        str(HERE / "ranks.py"),
+        str(folder),
+        *jobs,
+    ]
     return subprocess.run(line, capture_output=True, text=True, timeout=900, env=environment)
 
 
@@ -51,7 +69,9 @@ def runs(tmp_path_factory):
 def zero3(runs):
     """The same trainings by DeepSpeed, once, on two processes; its checkpoint read by others, and theirs by it."""
     without_the_end(runs / "fsdp2-2-stage2", runs / "zero3-from-fsdp2")
-    two = launch(2, runs, "zero3", "zero3-resume:zero3-from-fsdp2", "zero3-samples", "zero3-bf16", "zero3-micro", "zero3-nan")
+    two = launch(
+        2, runs, "zero3", "zero3-resume:zero3-from-fsdp2", "zero3-samples", "zero3-bf16", "zero3-micro", "zero3-nan"
+    )
     assert two.returncode == 0, two.stderr[-3000:]
     without_the_end(runs / "zero3-2-stage2", runs / "zero3-by-one")
     without_the_end(runs / "zero3-2-stage2", runs / "zero3-by-four")
@@ -135,8 +155,9 @@ def test_sharded_files_hold_shares(runs):
 
 
 def test_gathered_weights_are_a_normal_checkpoint(runs):
-    from conftest import make_tiny
     from dreamllm_edu.models.dreamllm.weights import load_trained
+
+    from conftest import make_tiny
 
     model = load_trained(make_tiny(seed=3), runs / "fsdp2-4.safetensors")
     found = load_file(runs / "fsdp2-4-stage3" / "weights.safetensors")
@@ -168,9 +189,39 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
 @pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])
 def test_the_launcher_chooses_how_to_share(tmp_path, asked):
     """What `accelerate launch` does with a configuration file: it starts processes and says in their environment what was asked for."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent), f"ACCELERATE_USE_{asked}": "true"}
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dreamllm_edu.train", "--scale", "mini", "--stage", "1",
-            "--steps", "2", "--batch", "4", "--lanes", "4", "--precision", "no", "--no-store", "--out", str(tmp_path)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(HERE.parent),
+        f"ACCELERATE_USE_{asked}": "true",
+    }
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dreamllm_edu.train",
+        "--scale",
+        "mini",
+        "--stage",
+        "1",
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--lanes",
+        "4",
+        "--precision",
+        "no",
+        "--no-store",
+        "--out",
+        str(tmp_path),
+    ]
     ended = subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment, cwd=HERE.parent)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert [row["step"] for row in read_log(tmp_path / "1-alignment" / "log.jsonl")] == [0, 1]

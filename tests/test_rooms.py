@@ -1,13 +1,25 @@
 """Imports run one way: a module imports only from rooms below its own, and families of models know nothing of each other."""
+
 import ast
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 PACKAGE = ROOT / "dreamllm_edu"
-ORDER = (("files",), ("documents",), ("data", "sequences"), ("parts",), ("models",), ("training",), ("evaluation",), ("pretraining",),
-         ("planning",), ("app",))  # from the ground up; `pretraining` trains the judge and a perceptor of its class, `evaluation` never pretrains
+ORDER = (
+    ("files",),
+    ("documents",),
+    ("data", "sequences"),
+    ("parts",),
+    ("models",),
+    ("training",),
+    ("evaluation",),
+    ("pretraining",),
+    ("planning",),
+    ("app",),
+)  # from the ground up; `pretraining` trains the judge and a perceptor of its class, `evaluation` never pretrains
 TRAINING_NEEDS = ("files", "documents", "data", "sequences", "parts", "models.base", "training")
 ENTRIES = {"__main__": "app", "train": "app"}  # `python -m dreamllm_edu`, `python -m dreamllm_edu.train`
 
@@ -41,7 +53,9 @@ def imported_modules(name: str) -> set[str]:
             wholes = [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = ["dreamllm_edu", *package[:len(package) - node.level + 1]] if node.level else []
-            wholes = [(".".join([*above, *([node.module] if node.module else [])]), [alias.name for alias in node.names])]
+            wholes = [
+                (".".join([*above, *([node.module] if node.module else [])]), [alias.name for alias in node.names])
+            ]
         else:
             continue
         for whole, names in wholes:
@@ -95,17 +109,32 @@ def test_imports_are_found():
     assert {"models.dreamllm.config", "models.dreamllm.generation"} <= imported_modules("models.dreamllm")
 
 
-@pytest.mark.parametrize("name, target, expected", [
-    ("evaluation.suite", "pretraining", False), ("pretraining", "evaluation.judge", True), ("planning", "app.cli", False),
-    ("training.trainer", "models.base", True), ("training.trainer", "models.dreamllm.weights", False), ("training.trainer", "evaluation.judge", False),
-    ("models.dreamllm.model", "models.illume.model", False), ("models.base", "models.dreamllm", False), ("models.illume.model", "models.base", True),
-    ("data.tasks", "sequences", True), ("documents.document", "data.world", False), ("train", "app.train", True), ("parts.vision", "", False)])
+@pytest.mark.parametrize(
+    "name, target, expected",
+    [
+        ("evaluation.suite", "pretraining", False),
+        ("pretraining", "evaluation.judge", True),
+        ("planning", "app.cli", False),
+        ("training.trainer", "models.base", True),
+        ("training.trainer", "models.dreamllm.weights", False),
+        ("training.trainer", "evaluation.judge", False),
+        ("models.dreamllm.model", "models.illume.model", False),
+        ("models.base", "models.dreamllm", False),
+        ("models.illume.model", "models.base", True),
+        ("data.tasks", "sequences", True),
+        ("documents.document", "data.world", False),
+        ("train", "app.train", True),
+        ("parts.vision", "", False),
+    ],
+)
 def test_the_rule_itself(name, target, expected):
     assert allowed(name, target) == expected
 
 
 def test_imports_run_one_way():
-    broken = {(name, target) for name in MODULES - {""} for target in imported_modules(name) if not allowed(name, target)}
+    broken = {
+        (name, target) for name in MODULES - {""} for target in imported_modules(name) if not allowed(name, target)
+    }
     assert not broken - PENDING, f"these import from a room above their own: {sorted(broken - PENDING)}"
     assert not PENDING - broken, f"mended, take out of PENDING: {sorted(PENDING - broken)}"
 

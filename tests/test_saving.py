@@ -1,4 +1,5 @@
 """What is saved is whole, belongs together and comes back; a run that is stopped anywhere goes on as if nothing had happened."""
+
 import json
 import os
 import resource
@@ -7,7 +8,6 @@ import signal
 
 import pytest
 import torch
-from conftest import full_disk, make_tiny, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -24,17 +24,17 @@ from dreamllm_edu import data
 from dreamllm_edu.app.cli import main
 from dreamllm_edu.documents.document import Document, Dream
 from dreamllm_edu.documents.formats import document_from_markdown
-from dreamllm_edu.files import write_folder
-from dreamllm_edu.files import WEIGHTS
+from dreamllm_edu.evaluation.judge import load_judge
+from dreamllm_edu.files import WEIGHTS, write_folder
 from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
 from dreamllm_edu.models.dreamllm.weights import check_frozen_parts, load_trained, save_trained
 from dreamllm_edu.parts.loading import load_part, quiet, weights_checksum
-from dreamllm_edu.evaluation.judge import load_judge
-from dreamllm_edu.pretraining import keep_record, plain_vae
-from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
 from dreamllm_edu.parts.tokenizer import read_tokenizer
+from dreamllm_edu.pretraining import keep_record, plain_vae
 from dreamllm_edu.training.fit import fit
 
+from conftest import full_disk, make_tiny, picture
 
 # ---------------------------------------------------------------- a stopped run
 
@@ -55,8 +55,19 @@ def loss_of_step(model, step, generator):
 
 
 def run(folder=None, seed=0, weights=0, steps=8, rate=1e-2, read=5):
-    return fit(Net(weights), loss_of_step, steps, rate, folder=folder, seed=seed, warmup=2, ema_decay=0.9, mixed_precision="no", progress=False,
-               reads={"encoder": Net(read)})
+    return fit(
+        Net(weights),
+        loss_of_step,
+        steps,
+        rate,
+        folder=folder,
+        seed=seed,
+        warmup=2,
+        ema_decay=0.9,
+        mixed_precision="no",
+        progress=False,
+        reads={"encoder": Net(read)},
+    )
 
 
 @pytest.mark.parametrize("where", ["loss_of_step", "update", "average_into"])
@@ -101,8 +112,13 @@ def test_a_state_is_not_taken_for_another_run(tmp_path):
     state = (tmp_path / "state.pt").read_bytes()
     with pytest.raises(ValueError, match="another seed; give a new folder"):
         run(tmp_path, seed=1)
-    for other, word in (({"weights": 1}, "starting weights"), ({"steps": 4}, "number of steps"), ({"steps": 9}, "number of steps"), ({"rate": 2e-2}, "learning rate"),
-                        ({"read": 6}, "encoder")):
+    for other, word in (
+        ({"weights": 1}, "starting weights"),
+        ({"steps": 4}, "number of steps"),
+        ({"steps": 9}, "number of steps"),
+        ({"rate": 2e-2}, "learning rate"),
+        ({"read": 6}, "encoder"),
+    ):
         with pytest.raises(ValueError, match=f"another {word}; give a new folder"):
             run(tmp_path, **other)
     assert (tmp_path / "state.pt").read_bytes() == state
@@ -144,7 +160,10 @@ def test_parts_in_half_precision_make_no_false_alarm(tmp_path):
 
 def test_the_hub_is_told_the_name_of_the_folder(tmp_path, monkeypatch, processor):
     asked = []
-    for cls in (dreamllm_edu.models.dreamllm.weights.PreTrainedModel, dreamllm_edu.models.dreamllm.processor.ProcessorMixin):
+    for cls in (
+        dreamllm_edu.models.dreamllm.weights.PreTrainedModel,
+        dreamllm_edu.models.dreamllm.processor.ProcessorMixin,
+    ):
         monkeypatch.setattr(cls, "save_pretrained", lambda self, folder, **options: asked.append(options["repo_id"]))
     for thing in (make_tiny(), processor):
         thing.save_pretrained(tmp_path / "my-model", push_to_hub=True)
@@ -211,12 +230,20 @@ def test_the_newest_save_is_the_one_that_is_loaded(sizes, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("make", [lambda folder: DreamLLM.from_pretrained(folder, dtype=torch.bfloat16), lambda folder: DreamLLM.from_pretrained(folder).to(torch.bfloat16)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: DreamLLM.from_pretrained(folder, dtype=torch.bfloat16),
+        lambda folder: DreamLLM.from_pretrained(folder).to(torch.bfloat16),
+    ],
+)
 def test_a_half_precision_model_draws(make, tmp_path, processor):
     make_tiny(3).save_pretrained(tmp_path)
     model = make(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    answer = model.generate(Document(["a cat:", Dream(), picture(1)]), processor, max_new_tokens=2, num_inference_steps=2)
+    answer = model.generate(
+        Document(["a cat:", Dream(), picture(1)]), processor, max_new_tokens=2, num_inference_steps=2
+    )
     assert len(answer.pictures) >= 2
 
 
@@ -240,7 +267,10 @@ def test_a_part_without_all_its_tensors_is_not_used(tmp_path, capsys):
     assert "damaged or cut off" in capsys.readouterr().err and not (tmp_path / "m.json").exists()
     path = tmp_path / "parts" / "clip" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    assert main(["pretrain", "unet", "--out", str(tmp_path / "parts"), "--runs", str(tmp_path / "work"), "--steps", "1"]) == 1
+    assert (
+        main(["pretrain", "unet", "--out", str(tmp_path / "parts"), "--runs", str(tmp_path / "work"), "--steps", "1"])
+        == 1
+    )
     assert "clip" in capsys.readouterr().err
 
 
@@ -261,9 +291,15 @@ def test_a_full_disk_leaves_metrics_records_and_processors_whole(tmp_path, monke
         keep_record(tmp_path / "record.json", "unet", [{"step": 0, "seconds": 1.0}])
     with full_disk(4096), pytest.raises(OSError, match="untouched"):
         processor.save_pretrained(tmp_path / "processor")
-    assert code == 1 and (tmp_path / "metrics.json").read_text() == old and (tmp_path / "record.json").read_text() == record
+    assert (
+        code == 1
+        and (tmp_path / "metrics.json").read_text() == old
+        and (tmp_path / "record.json").read_text() == record
+    )
     assert {p.name: p.read_bytes() for p in (tmp_path / "processor").iterdir()} == before
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "record.json", "processor"}, "nothing is left lying beside"
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "record.json", "processor"}, (
+        "nothing is left lying beside"
+    )
 
 
 def test_a_damaged_record_or_tokenizer_is_named(tmp_path, processor):
@@ -290,17 +326,38 @@ def test_evaluate_and_generate_refuse_a_folder_as_file_before_the_work(tmp_path,
 
 def test_more_scenes_than_there_are_is_no_error(monkeypatch, world):
     judge = lambda x: (torch.zeros(len(x), 821), torch.zeros(len(x), 5))
-    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
-    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
+    monkeypatch.setattr(
+        dreamllm_edu.evaluation.suite,
+        "edit",
+        lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked),
+    )
+    monkeypatch.setattr(
+        dreamllm_edu.evaluation.suite,
+        "draw",
+        lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions),
+    )
     found = dreamllm_edu.evaluation.suite.measure_tasks(None, None, judge, world, 301)
     assert 0 < found["scenes"]["relation"]["n"] <= 301
     halves = [found["editing"][key]["style_top1"]["n"] for key in ("seen", "held_out_renderings")]
-    assert halves == [150, min(151, len(data.edits(world, "held_out_renderings")))] and sum(halves) == found["editing"]["style_top1"]["n"] == found["editing"]["baseline_source"]["concept_top1"]["n"]
+    assert (
+        halves == [150, min(151, len(data.edits(world, "held_out_renderings")))]
+        and sum(halves)
+        == found["editing"]["style_top1"]["n"]
+        == found["editing"]["baseline_source"]["concept_top1"]["n"]
+    )
 
 
 def test_one_drawing_is_enough_to_measure_tasks_and_the_empty_half_says_so(monkeypatch, world):
-    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked))
-    monkeypatch.setattr(dreamllm_edu.evaluation.suite, "draw", lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions))
+    monkeypatch.setattr(
+        dreamllm_edu.evaluation.suite,
+        "edit",
+        lambda model, processor, asked, **o: [Image.new("RGB", (64, 64))] * len(asked),
+    )
+    monkeypatch.setattr(
+        dreamllm_edu.evaluation.suite,
+        "draw",
+        lambda model, processor, captions, **o: [Image.new("RGB", (64, 64))] * len(captions),
+    )
     found = dreamllm_edu.evaluation.suite.measure_tasks(None, None, load_judge(WEIGHTS / "mini" / "judge"), world, 1)
     assert found["editing"]["seen"]["style_top1"] == {"value": None, "low": None, "high": None, "n": 0}
     assert found["editing"]["held_out_renderings"]["style_top1"]["n"] == found["editing"]["style_top1"]["n"] == 1
@@ -308,18 +365,34 @@ def test_one_drawing_is_enough_to_measure_tasks_and_the_empty_half_says_so(monke
 
 def test_who_hands_the_picture_back_keeps_the_thing_and_misses_the_style(monkeypatch, world):
     """The baseline of editing, by a judge that cannot err: it looks every picture up."""
-    known = {world.picture(f"{style}/{c['key']}").tobytes(): (i, k) for i, c in enumerate(world.concepts) for k, style in enumerate(data.STYLES) if style in c["styles"]}
+    known = {
+        world.picture(f"{style}/{c['key']}").tobytes(): (i, k)
+        for i, c in enumerate(world.concepts)
+        for k, style in enumerate(data.STYLES)
+        if style in c["styles"]
+    }
+
     def verdict(judge, pictures):
         found = [known[p.tobytes()] for p in pictures]
-        return tuple(F.one_hot(torch.tensor([f[k] for f in found]), n).float() for k, n in ((0, len(world.concepts)), (1, 5)))
+        return tuple(
+            F.one_hot(torch.tensor([f[k] for f in found]), n).float() for k, n in ((0, len(world.concepts)), (1, 5))
+        )
+
     monkeypatch.setattr(dreamllm_edu.evaluation.metrics, "judge_pictures", verdict)
-    wanted = lambda model, processor, asked, **o: [world.picture(f"{r['style']}/{world.by_name[r['concept']]['key']}") for half in halves.values() for r in half]
+    wanted = lambda model, processor, asked, **o: [
+        world.picture(f"{r['style']}/{world.by_name[r['concept']]['key']}") for half in halves.values() for r in half
+    ]
     monkeypatch.setattr(dreamllm_edu.evaluation.suite, "edit", wanted)
-    halves = {"seen": data.edits(world, "train")[:20], "held_out_renderings": data.edits(world, "held_out_renderings")[:20]}
+    halves = {
+        "seen": data.edits(world, "train")[:20],
+        "held_out_renderings": data.edits(world, "held_out_renderings")[:20],
+    }
     found = dreamllm_edu.evaluation.suite.score_edits(None, None, None, world, halves)
     for scores in (found, found["seen"], found["held_out_renderings"]):
         assert scores["concept_top1"]["value"] == scores["style_top1"]["value"] == 1
-    assert found["baseline_source"]["concept_top1"]["value"] > 0.9 and found["baseline_source"]["style_top1"]["value"] == 0
+    assert (
+        found["baseline_source"]["concept_top1"]["value"] > 0.9 and found["baseline_source"]["style_top1"]["value"] == 0
+    )
 
 
 # ---------------------------------------------------------------- pictures
@@ -331,7 +404,9 @@ def test_a_strip_is_read_without_filling_the_memory(processor):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 500_000  # kB
 
 
-@pytest.mark.parametrize("source", ["my cat.png", "<my cat.png>", "my%20cat.png", 'my cat.png "a cat"', "my cat.png 'a cat'", " my cat.png "])
+@pytest.mark.parametrize(
+    "source", ["my cat.png", "<my cat.png>", "my%20cat.png", 'my cat.png "a cat"', "my cat.png 'a cat'", " my cat.png "]
+)
 def test_pictures_with_spaces_and_titles_are_pictures(source, tmp_path):
     picture(1).save(tmp_path / "my cat.png")
     found = document_from_markdown(f"see ![a]({source}) there", tmp_path)
@@ -362,11 +437,25 @@ def test_two_documents_share_a_folder(tmp_path):
 # ---------------------------------------------------------------- generate's options
 
 def test_a_generation_config_that_says_nothing_of_sampling_leaves_the_temperature(trained, processor):
-    ask = lambda seed, **more: trained.generate(Document(["a cat"]), processor, max_new_tokens=8, max_pictures=0, seed=seed, **more).text
+    ask = lambda seed, **more: (
+        trained.generate(Document(["a cat"]), processor, max_new_tokens=8, max_pictures=0, seed=seed, **more).text
+    )
     plain = [ask(seed, temperature=2.0) for seed in range(4)]
     config = GenerationConfig(max_new_tokens=8)
-    assert config.do_sample is None and [ask(seed, temperature=2.0, generation_config=config) for seed in range(4)] == plain and len(set(plain)) > 1
-    assert len({ask(seed, temperature=2.0, generation_config=GenerationConfig(max_new_tokens=8, do_sample=False)) for seed in range(4)}) == 1
+    assert (
+        config.do_sample is None
+        and [ask(seed, temperature=2.0, generation_config=config) for seed in range(4)] == plain
+        and len(set(plain)) > 1
+    )
+    assert (
+        len(
+            {
+                ask(seed, temperature=2.0, generation_config=GenerationConfig(max_new_tokens=8, do_sample=False))
+                for seed in range(4)
+            }
+        )
+        == 1
+    )
 
 
 def test_numbers_that_float32_cannot_hold(trained, processor):
@@ -377,8 +466,13 @@ def test_numbers_that_float32_cannot_hold(trained, processor):
 
 
 def test_a_processor_with_a_longer_context_than_the_model_is_refused(trained, processor):
-    longer = DreamLLMProcessor(processor.image_processor, processor.tokenizer, num_queries=processor.num_queries, num_patches=processor.num_patches,
-                               max_length=trained.config.text_config.max_position_embeddings + 1)
+    longer = DreamLLMProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        num_queries=processor.num_queries,
+        num_patches=processor.num_patches,
+        max_length=trained.config.text_config.max_position_embeddings + 1,
+    )
     with pytest.raises(ValueError, match="give the processor that max_length"):
         trained.generate(Document(["a cat"]), longer)
 

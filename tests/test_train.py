@@ -1,4 +1,5 @@
 """Training at full scale, proven on a CPU: every way of sharing the work gives the same numbers; crashes lose nothing; bad input is named."""
+
 import json
 import os
 import signal
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
 from safetensors import safe_open
 
 from dreamllm_edu.app.train import main, read_options
@@ -29,6 +29,8 @@ from dreamllm_edu.training.stage import Settings, Stage, set_trainable
 from dreamllm_edu.training.strategies import Share, Strategy, ZeRO3
 from dreamllm_edu.training.trainer import Trainer
 
+from conftest import make_tiny
+
 ALIGN = ("visual_projector", "dream_queries", "condition_projector", "pooled_projector")
 ROOT = Path(__file__).parent.parent
 KINDS = {"pairs/draw": 0.4, "pairs/caption": 0.3, "articles": 0.3}
@@ -44,12 +46,22 @@ def some_corpora():
 
 
 def texts_only(name="texts", n=40):
-    return Corpus(name, ("all",), lambda shard: (Record([f"a line of text, number {i}"], 0, f"{name}:{i}", name) for i in range(n)), 1.0)
+    return Corpus(
+        name,
+        ("all",),
+        lambda shard: (Record([f"a line of text, number {i}"], 0, f"{name}:{i}", name) for i in range(n)),
+        1.0,
+    )
 
 
 def stage(number, **options):
     trains = ALIGN + (() if number == 1 else ("language_model",))
-    return Stage(f"{number}-test", trains, {}, **{"learning_rate": 1e-3, "steps": 5, "batch": 8, "ema_decay": 0.9, "warmup": 1, "read_last": False, **options})
+    return Stage(
+        f"{number}-test",
+        trains,
+        {},
+        **{"learning_rate": 1e-3, "steps": 5, "batch": 8, "ema_decay": 0.9, "warmup": 1, "read_last": False, **options},
+    )
 
 
 QUICK = Settings(lanes=4, save_every=2, log_every=2, max_length=256)
@@ -57,13 +69,18 @@ QUICK = Settings(lanes=4, save_every=2, log_every=2, max_length=256)
 
 def run(model, processor, what, corpora, folder, settings=QUICK, **options):
     """Train one stage; the rows of its log."""
-    return Trainer.of_stage(DreamLLMFamily(model, processor), what, corpora, folder, settings, progress=False, **options).train()
+    return Trainer.of_stage(
+        DreamLLMFamily(model, processor), what, corpora, folder, settings, progress=False, **options
+    ).train()
 
 
 def steps_of(corpora, processor, model, rank=0, world=1, per_lane=1, store=None, read_last=False, workers=0, **options):
     """The stream of steps of four lanes, `per_lane` documents each."""
     family, what = DreamLLMFamily(model, processor), stage(2, batch=4 * per_lane, read_last=read_last)
-    return step_stream(Steps(family, family.objective(what), what, corpora, replace(QUICK, **options), rank, world, store=store), workers)
+    return step_stream(
+        Steps(family, family.objective(what), what, corpora, replace(QUICK, **options), rank, world, store=store),
+        workers,
+    )
 
 
 def losses_of(model, processor, items, max_length=256):
@@ -93,7 +110,9 @@ def weights_of(model):
 def test_first_fit_keeps_every_document_once_and_no_row_overflows():
     lengths = [5, 3, 8, 1, 1, 7, 2]
     rows = first_fit(lengths, 8)
-    assert sorted(i for row in rows for i in row) == list(range(7)) and all(sum(lengths[i] for i in row) <= 8 for row in rows)
+    assert sorted(i for row in rows for i in row) == list(range(7)) and all(
+        sum(lengths[i] for i in row) <= 8 for row in rows
+    )
     assert len(rows) == 4
     with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
         first_fit([9], 8)
@@ -129,7 +148,9 @@ def test_without_pictures_every_trained_tensor_has_a_gradient_of_zero(processor,
 
     config = make_tiny().config.to_dict()
     if sdxl:
-        config["unet_config"].update(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24)
+        config["unet_config"].update(
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24
+        )
     model = DreamLLM(DreamLLMConfig(**config)).train()
     set_trainable(model, stage(2))
     texts = next(steps_of([texts_only()], processor, model))[0]
@@ -145,7 +166,10 @@ def test_unused_pictures_cost_no_encoder_pass(processor, monkeypatch):
     model, passes = make_tiny(), {"clip": 0, "vae": 0}
     for key, part in (("clip", model.vision_encoder), ("vae", model.vae.encoder)):
         part.register_forward_hook(lambda *_, key=key: passes.__setitem__(key, passes[key] + 1))
-    items = {kind: next(steps_of([thin(emoji(kind, [kind]))], processor, model))[0] for kind in ("pairs/draw", "pairs/caption")}
+    items = {
+        kind: next(steps_of([thin(emoji(kind, [kind]))], processor, model))[0]
+        for kind in ("pairs/draw", "pairs/caption")
+    }
     with torch.no_grad():
         losses_of(model, processor, items["pairs/draw"])
         assert passes == {"clip": 0, "vae": 1}, "a drawing that ends its document is not read"
@@ -168,7 +192,9 @@ def test_stored_features_change_no_loss(processor, tmp_path):
     for a, b in zip(read[:2], made[:2]):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     other = make_tiny(seed=1)
-    assert fingerprint(DreamLLMFamily(other, processor)) != fingerprint(family), "another encoder's features must not be read"
+    assert fingerprint(DreamLLMFamily(other, processor)) != fingerprint(family), (
+        "another encoder's features must not be read"
+    )
 
 
 def test_a_store_that_holds_some_pictures_mixes_none_up(processor, tmp_path):
@@ -178,8 +204,14 @@ def test_a_store_that_holds_some_pictures_mixes_none_up(processor, tmp_path):
     fill_store(store, family, [replace(c, read=lambda shard, c=c: list(c.read(shard))[::2]) for c in corpora])
     make = lambda store: next(steps_of(corpora, processor, model, per_lane=4, store=store))[0]
     items = make(store)
-    assert {("images" not in i.stored, "images" not in i.pixels) for i in items if i.row.images} == {(True, False), (False, True)}, "stored and fresh in one batch"
-    assert {("targets" not in i.stored, "targets" not in i.pixels) for i in items if i.row.targets} == {(True, False), (False, True)}
+    assert {("images" not in i.stored, "images" not in i.pixels) for i in items if i.row.images} == {
+        (True, False),
+        (False, True),
+    }, "stored and fresh in one batch"
+    assert {("targets" not in i.stored, "targets" not in i.pixels) for i in items if i.row.targets} == {
+        (True, False),
+        (False, True),
+    }
     with torch.no_grad():
         read, made = [losses_of(model, processor, found) for found in (items, make(None))]
     for a, b in zip(read[:2], made[:2]):
@@ -256,7 +288,11 @@ def test_rows_of_any_number_of_ranks_are_put_together(tmp_path):
     (tmp_path / "step").mkdir()
     for rank, (first, end) in enumerate([(0, 3), (3, 6), (6, 7), (7, 7)]):
         where = {"w": [2 * first, 2 * end, [7, 2]]}
-        save_file({"w": whole[first:end].flatten().clone()}, tmp_path / "step" / f"rank-{rank:05}.safetensors", {"shares": json.dumps(where)})
+        save_file(
+            {"w": whole[first:end].flatten().clone()},
+            tmp_path / "step" / f"rank-{rank:05}.safetensors",
+            {"shares": json.dumps(where)},
+        )
     into = torch.zeros(7, 2)
     load_checkpoint(tmp_path / "step", {"w": share_of(into)})
     assert torch.equal(into, whole)
@@ -273,7 +309,12 @@ def test_rows_of_any_number_of_ranks_are_put_together(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(processor, tmp_path):
     run(make_tiny(), processor, stage(2, steps=2), some_corpora(), tmp_path, QUICK)
-    for other, settings in ((stage(1), QUICK), (stage(2), replace(QUICK, seed=3)), (stage(2, batch=4), QUICK), (stage(2), replace(QUICK, lanes=8))):
+    for other, settings in (
+        (stage(1), QUICK),
+        (stage(2), replace(QUICK, seed=3)),
+        (stage(2, batch=4), QUICK),
+        (stage(2), replace(QUICK, lanes=8)),
+    ):
         with pytest.raises(ValueError, match="belongs to a run with another"):
             run(make_tiny(), processor, other, some_corpora(), tmp_path, settings)
 
@@ -307,7 +348,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(processor
     kept = sorted(tmp_path.glob("bad-step-*"))
     assert [p.name for p in kept] == [f"bad-step-{i:08}-rank-00000.safetensors" for i in range(3)]
     with safe_open(kept[0], "pt") as file:
-        assert "0/input_ids" in file.keys() and "0/random/noise" in file.keys() and len(json.loads(file.metadata()["names"])[0]) == 8
+        assert (
+            "0/input_ids" in file.keys()
+            and "0/random/noise" in file.keys()
+            and len(json.loads(file.metadata()["names"])[0]) == 8
+        )
 
 
 def test_a_checkpoint_before_any_update_can_be_written_and_read(processor, tmp_path, monkeypatch):
@@ -356,7 +401,9 @@ def test_settings_that_cannot_work_are_named(processor, tmp_path):
         run(make_tiny(), processor, stage(2, batch=6), some_corpora(), tmp_path, QUICK)
     with pytest.raises(ValueError, match="something to learn from"):
         run(make_tiny(), processor, stage(2), [], tmp_path, QUICK)
-    processor = type(processor)(processor.image_processor, processor.tokenizer, num_queries=processor.num_queries, max_length=20)
+    processor = type(processor)(
+        processor.image_processor, processor.tokenizer, num_queries=processor.num_queries, max_length=20
+    )
     with pytest.raises(ValueError, match="no picture would ever fit"):
         run(make_tiny(), processor, stage(2), some_corpora(), tmp_path, QUICK)
 
@@ -384,13 +431,29 @@ def test_there_is_one_table_of_stages():
 
 def command(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "dreamllm_edu.train", *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dreamllm_edu.train", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--scale", "paper"], "--data"), (["--stage", "2"], "starts where stage 1 ended"), (["--stage", "6"], "5 stages, --stage 6"), (["--stage", "0"], "--stage 0"), (["--recipe", "nowhere.yaml"], "no such recipe"),
-    (["--fill-cache"], "--cache"), (["--batch", "7"], "multiple of the lanes")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--scale", "paper"], "--data"),
+        (["--stage", "2"], "starts where stage 1 ended"),
+        (["--stage", "6"], "5 stages, --stage 6"),
+        (["--stage", "0"], "--stage 0"),
+        (["--recipe", "nowhere.yaml"], "no such recipe"),
+        (["--fill-cache"], "--cache"),
+        (["--batch", "7"], "multiple of the lanes"),
+    ],
+)
 def test_the_command_names_what_is_missing(tmp_path, capsys, arguments, message):
     assert main([*arguments, "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -398,7 +461,21 @@ def test_the_command_names_what_is_missing(tmp_path, capsys, arguments, message)
 
 
 def test_kill_9_and_sigterm_lose_nothing(tmp_path):
-    same = ["--stage", "1", "--steps", "6", "--batch", "8", "--lanes", "4", "--save-every", "2", "--precision", "no", "--no-store"]
+    same = [
+        "--stage",
+        "1",
+        "--steps",
+        "6",
+        "--batch",
+        "8",
+        "--lanes",
+        "4",
+        "--save-every",
+        "2",
+        "--precision",
+        "no",
+        "--no-store",
+    ]
     whole = command(*same, "--out", tmp_path / "whole")
     assert whole.wait(300) == 0, whole.stderr.read()
     for kind, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 130)):
@@ -412,8 +489,13 @@ def test_kill_9_and_sigterm_lose_nothing(tmp_path):
         again = command(*same, "--out", out)
         assert again.wait(300) == 0, again.stderr.read()
         assert curve(out / "1-alignment") == curve(tmp_path / "whole" / "1-alignment")
-        assert (out / "1-alignment" / "trained.safetensors").read_bytes() == (tmp_path / "whole" / "1-alignment" / "trained.safetensors").read_bytes()
-    assert "stage 1-alignment" not in process.stdout.read() and (tmp_path / "whole" / "1-alignment" / "report.html").stat().st_size > 10_000
+        assert (out / "1-alignment" / "trained.safetensors").read_bytes() == (
+            tmp_path / "whole" / "1-alignment" / "trained.safetensors"
+        ).read_bytes()
+    assert (
+        "stage 1-alignment" not in process.stdout.read()
+        and (tmp_path / "whole" / "1-alignment" / "report.html").stat().st_size > 10_000
+    )
 
 
 # --- public parts and published shards
@@ -431,14 +513,27 @@ def public_parts(folder):
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.train_from_iterator(["a red apple on a table"] * 4, trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False,
-                                                                               initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.train_from_iterator(
+        ["a red apple on a table"] * 4,
+        trainers.BpeTrainer(
+            vocab_size=280,
+            special_tokens=["<s>", "</s>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder / "language")
     torch.manual_seed(0)
-    LlamaForCausalLM(llama_config(vocab_size=len(tokenizer), hidden=32, layers=2, heads=2, ffn=64, context=256)).save_pretrained(folder / "language")
-    CLIPModel(clip_config(vocab_size=300, hidden=32, layers=2, text_layers=1, heads=2)).save_pretrained(folder / "vision")
-    UNet2DConditionModel(**unet_config(channels=(16, 32), latent_channels=4, condition=24, heads=2)).save_pretrained(folder / "diffusion" / "unet")
+    LlamaForCausalLM(
+        llama_config(vocab_size=len(tokenizer), hidden=32, layers=2, heads=2, ffn=64, context=256)
+    ).save_pretrained(folder / "language")
+    CLIPModel(clip_config(vocab_size=300, hidden=32, layers=2, text_layers=1, heads=2)).save_pretrained(
+        folder / "vision"
+    )
+    UNet2DConditionModel(**unet_config(channels=(16, 32), latent_channels=4, condition=24, heads=2)).save_pretrained(
+        folder / "diffusion" / "unet"
+    )
     AutoencoderKL(**vae_config(channels=(8, 8, 8, 8), latent_channels=4)).save_pretrained(folder / "diffusion" / "vae")
     DDPMScheduler(**scheduler_config()).save_pretrained(folder / "diffusion" / "scheduler")
     return len(tokenizer), {name: str(folder / name) for name in ("language", "vision", "diffusion")}
@@ -454,23 +549,52 @@ def test_public_parts_and_a_published_corpus_train_by_the_command(tmp_path, caps
     rows = []
     for i, key in enumerate(("1f34e", "1f431", "1f98a", "1f680")):
         World().picture(f"twemoji/{key}").save(tmp_path / "data" / "images" / f"{key}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a thing"}] * (1 + i % 2)
-        turns = [{**turn, "value": turn["value"].replace("<image>\n", "") if j else turn["value"]} for j, turn in enumerate(turns)]
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a thing"}] * (
+            1 + i % 2
+        )
+        turns = [
+            {**turn, "value": turn["value"].replace("<image>\n", "") if j else turn["value"]}
+            for j, turn in enumerate(turns)
+        ]
         rows.append({"id": str(i), "image": f"{key}.png", "conversations": turns})
     (tmp_path / "data" / "chat.json").write_text(json.dumps(rows))
     entry = {"format": "llava", "shards": "chat.json", "images": "images", "weight": 1}
-    one = {"name": "1-alignment", "trains": list(ALIGN), "learning_rate": 1e-3, "steps": 2, "batch": 4, "warmup": 1, "ema_decay": 0.0, "mixture": {"chat": entry}}
+    one = {
+        "name": "1-alignment",
+        "trains": list(ALIGN),
+        "learning_rate": 1e-3,
+        "steps": 2,
+        "batch": 4,
+        "warmup": 1,
+        "ema_decay": 0.0,
+        "mixture": {"chat": entry},
+    }
     two = {**one, "name": "2-interleaved", "trains": [*ALIGN, "language_model"]}
-    recipe = {"parts": {**parts, "num_queries": 4}, "settings": {"lanes": 4, "max_length": 256, "save_every": 1}, "stages": [one, two]}
+    recipe = {
+        "parts": {**parts, "num_queries": 4},
+        "settings": {"lanes": 4, "max_length": 256, "save_every": 1},
+        "stages": [one, two],
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    line = ["--scale", "small", "--recipe", str(tmp_path / "recipe.yaml"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    line = [
+        "--scale",
+        "small",
+        "--recipe",
+        str(tmp_path / "recipe.yaml"),
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for number in ("1", "2"):
         assert main([*line, "--stage", number]) == 0, capsys.readouterr().err
     family = DreamLLMFamily.build("small", {**parts, "num_queries": 4}, 256)
     family.load(tmp_path / "out" / "2-interleaved" / "trained.safetensors")
     model, processor = family.model, family.processor
     assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer) == vocabulary + 7
-    assert processor.target_size == 64 and all(row["lm"] > 0 for row in read_log(tmp_path / "out" / "2-interleaved" / "log.jsonl"))
+    assert processor.target_size == 64 and all(
+        row["lm"] > 0 for row in read_log(tmp_path / "out" / "2-interleaved" / "log.jsonl")
+    )
     rows[1]["image"] = "absent.png"
     (tmp_path / "data" / "chat.json").unlink()
     assert main([*line, "--stage", "2"]) == 1 and "chat.json" in capsys.readouterr().err
@@ -487,7 +611,9 @@ def test_samples_and_report_show_what_was_learned(processor, tmp_path):
     run(make_tiny(), processor, stage(2), some_corpora(), tmp_path, replace(QUICK, sample_every=2), samples=prompts)
     drawn = {path.name: read_jsonl(path) for path in tmp_path.glob("samples-*.jsonl")}
     assert sorted(drawn) == ["samples-00000002.jsonl", "samples-00000004.jsonl"]
-    assert all(d.parts[0].startswith(p.parts[0]) for found in drawn.values() for d, p in zip(found, prompts, strict=True))
+    assert all(
+        d.parts[0].startswith(p.parts[0]) for found in drawn.values() for d, p in zip(found, prompts, strict=True)
+    )
     page = report(tmp_path, "A <run>").read_text()
     assert "A &lt;run&gt;" in page and "after 2 steps" in page and "a red apple" in page and "data:image/png" in page
     with pytest.raises(ValueError, match="nothing logged"):
@@ -498,7 +624,15 @@ def test_sampling_changes_no_number(processor, tmp_path):
     from dreamllm_edu.documents.document import Document
 
     for every in (0, 1):
-        run(make_tiny(), processor, stage(2), some_corpora(), tmp_path / str(every), replace(QUICK, sample_every=every), samples=[Document(["a"])])
+        run(
+            make_tiny(),
+            processor,
+            stage(2),
+            some_corpora(),
+            tmp_path / str(every),
+            replace(QUICK, sample_every=every),
+            samples=[Document(["a"])],
+        )
     assert curve(tmp_path / "0") == curve(tmp_path / "1")
 
 
@@ -506,7 +640,16 @@ def test_the_log_holds_what_one_wants_to_watch(processor, tmp_path):
     run(make_tiny(), processor, stage(2, batch=16), some_corpora(), tmp_path, replace(QUICK, log_every=1))
     rows = read_log(tmp_path / "log.jsonl")
     keys = {key for row in rows for key in row}
-    assert {"lm/pairs/caption", "image/pairs/draw", "norm/language_model", "norm/dream_queries", "lr", "samples_per_second", "tokens_per_second", "memory_mb"} <= keys
+    assert {
+        "lm/pairs/caption",
+        "image/pairs/draw",
+        "norm/language_model",
+        "norm/dream_queries",
+        "lr",
+        "samples_per_second",
+        "tokens_per_second",
+        "memory_mb",
+    } <= keys
     for row in rows:
         parts = [row[k] for k in row if k.startswith("norm/")]
         assert sum(p * p for p in parts) ** 0.5 == pytest.approx(row["norm"], rel=1e-4)
@@ -515,5 +658,23 @@ def test_the_log_holds_what_one_wants_to_watch(processor, tmp_path):
 @pytest.mark.parametrize("asked, written", [([], True), (["--trackers", "tensorboard"], True), (["--trackers"], False)])
 def test_tensorboard_is_the_default(tmp_path, asked, written):
     pytest.importorskip("tensorboard")
-    assert main(["--steps", "1", "--batch", "4", "--lanes", "4", "--precision", "no", "--no-store", *asked, "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "--steps",
+                "1",
+                "--batch",
+                "4",
+                "--lanes",
+                "4",
+                "--precision",
+                "no",
+                "--no-store",
+                *asked,
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert bool(list(tmp_path.rglob("events.out.tfevents.*"))) == written
