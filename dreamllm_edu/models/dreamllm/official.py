@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLUGINS', 'TOKEN_NAMES', 'VICUNA', 'QUIRKS', 'renamed', 'read_file', 'read_language', 'official_tensors',
-           'base_folder', 'plugin_options', 'special_ids', 'loss_weights', 'official_config', 'official_tokenizer',
-           'query_states', 'layout_row', 'text_to_image', 'interleaved_document', 'blocks_of', 'close_row',
-           'interleaved_row', 'pair_row', 'picture_pair_row', 'conversation_row', 'replace_blocks', 'paper_config',
-           'parameters_of', 'ControlledUNet']
+           'base_folder', 'plugin_options', 'special_ids', 'loss_weights', 'official_config', 'OfficialDreamLLM',
+           'official_tokenizer', 'query_states', 'layout_row', 'text_to_image', 'interleaved_document', 'blocks_of',
+           'close_row', 'interleaved_row', 'pair_row', 'picture_pair_row', 'conversation_row', 'replace_blocks',
+           'paper_config', 'parameters_of', 'ControlledUNet']
 
 # %% ../../../nbs/15_official.ipynb #0e91a16b
 import json
@@ -28,6 +28,7 @@ from ...files import read_json, write_folder
 from .config import DreamLLMConfig
 from .model import DreamLLM
 from .processor import DreamLLMProcessor
+from ...parts.denoising import min_snr_weights
 from ...parts.diffusion import sample_latents
 from ...parts.loading import quiet
 from ...sequences import Sequence, collate
@@ -153,18 +154,55 @@ def official_config(folder, base=None, **overrides):
               "official": raw, **loss_weights(raw), **options, **parts}
     return DreamLLMConfig(text_config=text, vision_config=vision, **{**fields, **overrides})
 
+# %% ../../../nbs/15_official.ipynb #9f0bc161
+@patch
+def prompt_positions(self: DreamLLM, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] of a batch of prompts with the int64 mask [B, T]: they count real tokens only."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+class OfficialDreamLLM(DreamLLM):
+    """A `DreamLLM` with the official code's bugs, for its very numbers; `DreamLLM.from_official(folder, compat="official")`."""
+    compat = "official"
+
+    def uses_queries(self, latents: torch.Tensor | None) -> bool:
+        """Queries are spliced in only beside target pictures (quirk 15)."""
+        return latents is not None
+
+    def computes_image_loss(self) -> bool:
+        """No picture loss in evaluation (quirk 16)."""
+        return self.training
+
+    def null_embeddings(self) -> torch.Tensor:
+        """In training the slots of the empty prompt hold the patch token's own embedding, not the queries (quirk 20)."""
+        if not self.training:
+            return super().null_embeddings()
+        config = self.config
+        ids = [config.text_config.bos_token_id, config.dream_start_id] + [config.query_token_id] * config.num_queries
+        return self.get_input_embeddings()(torch.tensor([ids], device=self.device))
+
+    def snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """Min-SNR for the velocity clips SNR + 1 (quirk 21)."""
+        gamma = self.config.snr_gamma
+        return None if gamma is None else min_snr_weights(self.scheduler, timesteps, gamma, compat="official")
+
+    def prompt_positions(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Positions count the padding, too (quirk 34)."""
+        return torch.arange(attention_mask.shape[1]).expand_as(attention_mask)
+
 # %% ../../../nbs/15_official.ipynb #333fb4da
 @patch(cls_method=True)
-def from_official(cls: DreamLLM, folder, base=None, **config):
-    """A `DreamLLM` from an official checkpoint's folder, offline.
+def from_official(cls: DreamLLM, folder: Path | str, base: Path | str | None = None, **config) -> DreamLLM:
+    """A model from an official checkpoint's folder, offline: a `DreamLLM`, or with `compat="official"` an `OfficialDreamLLM`.
 
-    `base`: the folder below which the CLIP and the Stable Diffusion lie that `config.json` names. `config`: fields to override, such as
-    `snr_gamma=5.0` or `compat="official"`. Raises `ValueError` for a missing file, another model, tensors that do not fit."""
+    `base`: the folder below which the CLIP and the Stable Diffusion lie that `config.json` names. `config`: fields to override, such
+    as `snr_gamma=5.0`. Raises `ValueError` for a missing file, another model, tensors that do not fit."""
     folder = Path(folder)
-    settings, state = official_config(folder, base, **config), official_tensors(folder)
+    settings = official_config(folder, base, **{"compat": cls.compat, **config})
+    state = official_tensors(folder)
     if settings.text_config.tie_word_embeddings:
         state.setdefault("language_model.lm_head.weight", state["language_model.model.embed_tokens.weight"])
-    model = cls(settings)
+    model = cls.variant(settings.compat)(settings)
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
     if wrong:
@@ -174,11 +212,12 @@ def from_official(cls: DreamLLM, folder, base=None, **config):
     model.config.official_dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in state.items() if t.dtype != torch.float32}
     return model.eval()
 
-
+# %% ../../../nbs/15_official.ipynb #ae69e0ff
 @patch
-def save_official(self: DreamLLM, folder):
-    """Write an official checkpoint: what `from_official` and the official code read, bit for bit the tensors that were read, in the precision in which
-    they were stored. `ValueError` for a model that did not come from such a checkpoint. The tokenizer's files are not the model's: copy them."""
+def save_official(self: DreamLLM, folder: Path | str) -> None:
+    """Write an official checkpoint: what `from_official` and the official code read, bit for bit the tensors that were read, in the
+    precision in which they were stored. The tokenizer's files are not the model's: copy them. `ValueError` for a model that did
+    not come from such a checkpoint."""
     raw, text = getattr(self.config, "official", None), self.config.text_config
     if raw is None or hasattr(self, "pooled_projector"):
         raise ValueError("only a model from from_official() has an official form; save this one with save_pretrained()")
@@ -198,8 +237,6 @@ def save_official(self: DreamLLM, folder):
             torch.save({k: t[None] if k == "dream_queries" else t for k, t in tensors.items()}, aside / file)
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf8")
     write_folder(folder, write)
-
-
 
 # %% ../../../nbs/15_official.ipynb #e4ddb5fa
 TOKEN_NAMES = {"<pad>": "[PAD]", "<dream_query>": "<im_patch>", "<image_start>": "<im_start>", "<image_patch>": "<im_patch>", "<image_end>": "<im_end>"}
@@ -238,16 +275,16 @@ def processor_from_official(cls: DreamLLMProcessor, folder, base=None):
 
 # %% ../../../nbs/15_official.ipynb #afee05c0
 @torch.no_grad()
-def query_states(model, processor, documents, padding_side="right"):
+def query_states(model: DreamLLM, processor: DreamLLMProcessor, documents: list[Document], padding_side: str = "right") -> torch.Tensor:
     """States of the language model at the dream queries after each prompt, before the condition projector: [B, Q, D].
 
-    Positions count real tokens only; with `compat="official"` they count the padding too."""
+    Positions are the model's `prompt_positions`. `ValueError` for a prompt that is longer than the context."""
     layout = processor.layout
     parts = [layout_row(layout, d) for d in documents]
     text = collate(parts, layout.id["<pad>"], padding_side)
     block = torch.tensor([layout.dream_block()]).expand(len(parts), -1)
     ids, mask = torch.cat([text["input_ids"], block], 1), torch.cat([text["attention_mask"], torch.ones_like(block)], 1)
-    positions = torch.arange(ids.shape[1]).expand_as(ids) if model.config.compat == "official" else (mask.cumsum(1) - 1).clamp(min=0)
+    positions = model.prompt_positions(mask)
     if ids.shape[1] > layout.max_length:
         raise ValueError(f"{documents[0].name}: prompt and queries need {ids.shape[1]} tokens, the context holds {layout.max_length}; use shorter prompts")
     pictures = [p for row in parts for p in row.images]

@@ -132,9 +132,11 @@ def from_pretrained(cls: DreamLLM, name, *args, **kwargs):
         model = mini(**kwargs)
         model = model if dtype is None else model.to(dtype)
         return (model, dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), [])) if wants_info else model
-    found = kwargs["config"].model_type if "config" in kwargs else cls.config_class.get_config_dict(name, **kwargs)[0].get("model_type")
-    if found != cls.config_class.model_type:  # its sizes would be missing, and the 7-billion defaults would fill the memory
-        raise ValueError(f"{name} holds a model of type {found!r}, not {cls.config_class.model_type!r}; make a DreamLLM from parts with assemble()")
+    raw = kwargs["config"].to_dict() if "config" in kwargs else cls.config_class.get_config_dict(name, **kwargs)[0]
+    if raw.get("model_type") != cls.config_class.model_type:  # its sizes would be missing, and the 7-billion defaults would fill the memory
+        raise ValueError(f"{name} holds a model of type {raw.get('model_type')!r}, not {cls.config_class.model_type!r}; "
+                         "make a DreamLLM from parts with assemble()")
+    cls = cls.variant(raw.get("compat"))
     try:
         options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, as an error
         model, info = PreTrainedModel.from_pretrained.__func__(cls, name, *args, **options)
