@@ -38,6 +38,7 @@ RENAMED = {
     "weights_sum": "weights_checksum", "parts_mark": "frozen_checksum", "check_parts": "check_frozen_parts",
     "measure_strangers": "measure_out_of_distribution", "to_unit": "to_unit_range", "everybodys": "all_gather",
     "wishes": "sample_prompts", "jiggle": "augment", "erase": "random_erase", "agree": "all_reduce",
+    "pick": "sample_tokens", "tell": "stream_text",
 }
 PACKAGE = __name__.rpartition(".")[0]
 

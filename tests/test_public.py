@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_tiny
 
 import dreamllm_edu
+from dreamllm_edu import Document, Dream, DreamLLM, DreamLLMPipeline, DreamLLMProcessor, World
+from dreamllm_edu.models.dreamllm.generation import DiffusionDrawer
 
-NAMES = ["DreamLLM", "DreamLLMConfig", "DreamLLMProcessor", "Document", "Dream", "World"]
+NAMES = ["DreamLLM", "DreamLLMConfig", "DreamLLMProcessor", "DreamLLMPipeline", "Document", "Dream", "World"]
 
 
 def fresh(code, cwd=None, options=(), check=True):
@@ -190,3 +194,64 @@ def test_the_old_command_runs():
     run = subprocess.run([sys.executable, "-m", "dreamllm_edu.model"], cwd=ROOT, capture_output=True, text=True, timeout=200,
                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert run.returncode == 1 and "is no command" in run.stderr
+
+
+# ---------------------------------------------------------------- the pipeline
+
+@pytest.fixture(scope="module")
+def pipe():
+    return DreamLLMPipeline.from_pretrained("mini")
+
+
+def test_the_pipeline_is_generate_in_the_manner_of_diffusers(pipe):
+    prompt = Document(["red apple in Noto style:", Dream()])
+    made = pipe(prompt, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(1))
+    plain = pipe.model.generate(prompt, pipe.processor, max_new_tokens=0, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(1))
+    assert made.documents == [plain] and made.images == plain.pictures and made[1] == made.images and made.to_tuple() == (made.documents, made.images)
+    documents, images = pipe(["red apple in Noto style:"], num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(1), return_dict=False)
+    assert images == made.images and documents[0].parts[0] == "red apple in Noto style:", "a string is a prompt for one picture"
+
+
+def test_only_drawn_pictures_are_images_of_the_output(pipe):
+    given = World().picture("noto/" + World().by_name["red apple"]["key"])
+    made = pipe([Document(["a ", given, " b:", Dream()]), "penguin in Noto style:"], num_inference_steps=1)
+    assert len(made.images) == 2 and given not in made.images
+    assert made.images == [made.documents[0].parts[3], made.documents[1].parts[1]]
+    told = pipe(Document([given]), num_inference_steps=1, max_new_tokens=3, max_pictures=0)
+    assert told.images == [] and len(told.documents[0].parts) == 2
+
+
+def test_the_pipeline_is_saved_moved_and_taken_apart(tmp_path, processor):
+    small = DreamLLMPipeline(make_tiny(), processor)
+    assert small.to("cpu") is small and small.components.keys() == {"model", "processor"} and "DreamLLM" in repr(small)
+    small.save_pretrained(tmp_path / "small")
+    again = DreamLLMPipeline.from_pretrained(tmp_path / "small", local_files_only=True)
+    prompt = Document(["a red cat", Dream()])
+    assert again(prompt, num_inference_steps=2).images == small(prompt, num_inference_steps=2).images
+    assert again.to(torch.bfloat16).model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="generate takes a Document"):
+        small([3])
+
+
+def test_the_processor_of_the_miniature_has_its_name(tmp_path):
+    mini = DreamLLMProcessor.from_pretrained("mini")
+    assert type(mini) is DreamLLMProcessor and mini.num_queries == 8 and DreamLLMProcessor.from_pretrained("mini", max_length=64).max_length == 64
+    mini.save_pretrained(tmp_path)
+    assert DreamLLMProcessor.from_pretrained(tmp_path).tokenizer.get_vocab() == mini.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="'mini' takes no revisions"):
+        DreamLLMProcessor.from_pretrained("mini", revisions=1)
+    with pytest.raises((OSError, ValueError)):
+        DreamLLMProcessor.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_drawer_computes_the_null_condition_once(monkeypatch):
+    model, calls = make_tiny(), []
+    plain = DreamLLM.null_condition
+    monkeypatch.setattr(DreamLLM, "null_condition", lambda self: calls.append(1) or plain(self))
+    drawer = DiffusionDrawer(model)
+    states = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
+    seeds = lambda *numbers: [torch.Generator().manual_seed(n) for n in numbers]
+    first, again = (drawer.draw(states, seeds(0, 1, 2), 2.0, 2) for _ in range(2))
+    assert first == again and len(calls) == 1 and first[0].mode == "RGB"
+    (alone,) = drawer.draw(states[1:2], seeds(1), 2.0, 2)
+    assert abs(np.asarray(alone, int) - np.asarray(first[1], int)).max() <= 1

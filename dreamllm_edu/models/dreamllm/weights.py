@@ -152,9 +152,22 @@ def from_pretrained(cls: DreamLLM, name, *args, **kwargs):
 
 
 # %% ../../../nbs/08_model.ipynb #9d7becd5
-def mini_processor(parts=None, num_queries=8, max_length=512):
-    """The processor of the miniature: its tokenizer, and CLIP's picture processor at 64 pixels."""
+def mini_processor(parts: Path | str | None = None, num_queries: int = 8, max_length: int = 512) -> DreamLLMProcessor:
+    """The processor of the miniature: its tokenizer, and CLIP's picture processor at 64 pixels. `max_length` in tokens."""
     folder = parts_folder(parts, needed=("tokenizer",))
     tokenizer = read_tokenizer(folder / "tokenizer")
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     return DreamLLMProcessor(images, tokenizer, num_queries=num_queries, max_length=max_length)
+
+
+@patch(cls_method=True, nm="from_pretrained")
+def processor_from_pretrained(cls: DreamLLMProcessor, name: Path | str, *args, **kwargs) -> DreamLLMProcessor:
+    """`"mini"`: the processor of the miniature, with the options of `mini_processor`; anything else is a folder or hub name.
+    `ValueError` for damaged files, and for options of `"mini"` that would do nothing."""
+    if str(name) != "mini":
+        return cls._orig_from_pretrained(name, *args, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("local_files_only", "revision", "token", "trust_remote_code")}
+    unknown = kwargs.keys() - inspect.signature(mini_processor).parameters.keys()
+    if unknown:
+        raise ValueError(f"'mini' takes no {', '.join(sorted(unknown))}; it takes parts, num_queries, max_length")
+    return mini_processor(**kwargs)
