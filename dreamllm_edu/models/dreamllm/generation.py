@@ -50,9 +50,11 @@ Block = tuple[list[int], list[Image.Image]]  # token ids, and the pictures of th
 
 
 def prompt_blocks(document: Document, layout: SlotLayout) -> list[Block | None]:
-    """The prompt cut at its `Dream()` markers: a list of token blocks with their pictures, `None` where a picture is to be drawn.
+    """The prompt cut at its `Dream()` markers: a list of token blocks with their pictures, `None`
+    where a picture is to be drawn.
 
-    Raises `ValueError` for an empty prompt, and for one that, with the pictures it requests, is longer than the context."""
+    Raises `ValueError` for an empty prompt, and for one that, with the pictures it requests, is
+    longer than the context."""
     if not document.parts:
         raise ValueError(f"{document.name}: the prompt is empty; give it a text, a picture or Dream()")
     given, blocks = document.given or len(document.parts), [([layout.id["<s>"]], [])]
@@ -65,7 +67,9 @@ def prompt_blocks(document: Document, layout: SlotLayout) -> list[Block | None]:
             before = blocks.pop() if blocks[-1] else ([], [])
             blocks.append((before[0] + ids, before[1] + ([] if text else [part])))
     drawn, read = len(layout.dream_block() + layout.image_block()), len(layout.image_block())
-    need = sum(len(block[0]) if block else drawn for block in blocks) - (read if blocks[-1] is None else 0)  # the last one is not read
+    need = sum(len(block[0]) if block else drawn for block in blocks) - (
+        read if blocks[-1] is None else 0
+    )  # the last one is not read
     if need > layout.max_length:
         raise ValueError(f"{document.name}: the prompt needs {need} tokens, the context holds {layout.max_length}; "
                          "use fewer pictures or shorter texts")
@@ -74,8 +78,9 @@ def prompt_blocks(document: Document, layout: SlotLayout) -> list[Block | None]:
 # %% ../../../nbs/09_generation.ipynb #749509be
 def sample_tokens(logits: torch.Tensor, allowed: torch.Tensor, temperature: float, top_p: float,
                   generators: list[torch.Generator]) -> torch.Tensor:
-    """Next token ids [B] from logits [B, V]: the most probable at temperature 0, else sampled from the smallest set with probability
-    `top_p` (Holtzman et al. 2020). Where the boolean `allowed` [B, V] is false a token never comes."""
+    """Next token ids [B] from logits [B, V]: the most probable at temperature 0, else sampled from
+    the smallest set with probability `top_p` (Holtzman et al. 2020). Where the boolean `allowed`
+    [B, V] is false a token never comes."""
     logits = torch.where(allowed, logits.float(), -torch.inf)
     if temperature < 1e-6:  # by less than this float32 cannot divide
         return logits.argmax(-1)
@@ -86,15 +91,16 @@ def sample_tokens(logits: torch.Tensor, allowed: torch.Tensor, temperature: floa
 
 # %% ../../../nbs/09_generation.ipynb #86711294
 class Feeder:
-    """The model with its key-value cache for a batch of rows of different lengths: short blocks are padded on the left and masked."""
+    """The model with its key-value cache for a batch of rows of different lengths: short blocks are
+    padded on the left and masked."""
     def __init__(self, model: DreamLLM, rows: list[Row]):
         self.model, self.rows, self.cache = model, rows, DynamicCache(config=model.config.text_config)
         self.mask = torch.zeros(len(rows), 0, dtype=torch.long)
         self.last = None  # logits after each row's newest token [B, V], on the CPU, where tokens are chosen
 
     def feed(self, blocks: list[list[int]], features: list[torch.Tensor | None]) -> torch.Tensor:
-        """Final states [B, W, D] of the new tokens. `blocks`: token ids for each row (empty: wait), W is the longest; `features`: for
-        each row its picture features [n, N, E] or None."""
+        """Final states [B, W, D] of the new tokens. `blocks`: token ids for each row (empty: wait),
+        W is the longest; `features`: for each row its picture features [n, N, E] or None."""
         width, model = max(map(len, blocks)), self.model
         ids = torch.zeros(len(blocks), width, dtype=torch.long)
         new = torch.zeros(len(blocks), width, dtype=torch.long)
@@ -117,12 +123,15 @@ class Feeder:
 
 # %% ../../../nbs/09_generation.ipynb #1d850894
 def feed_blocks(feeder: Feeder, processor: DreamLLMProcessor, blocks: list[Block]) -> torch.Tensor:
-    """Feed one block a row, its pictures through the frozen vision encoder; final states [B, W, D]. `ValueError` if a row becomes
-    longer than the context."""
+    """Feed one block a row, its pictures through the frozen vision encoder; final states [B, W, D].
+    `ValueError` if a row becomes longer than the context."""
     limit = processor.max_length
     for row, (ids, _) in zip(feeder.rows, blocks):
         if row.length + len(ids) > limit:
-            raise ValueError(f"the document needs {row.length + len(ids)} tokens, the context holds {limit}; use fewer pictures or shorter texts")
+            raise ValueError(
+                f"the document needs {row.length + len(ids)} tokens, the context holds {limit}; use "
+                "fewer pictures or shorter texts"
+            )
     pictures = [p for _, own in blocks for p in own]
     encoded = feeder.model.encode_images(processor.pixels(pictures)) if pictures else None
     features, at = [], 0
@@ -151,9 +160,11 @@ def close_text(b: int, row: Row, processor: DreamLLMProcessor, callback: Callbac
 
 # %% ../../../nbs/09_generation.ipynb #cc23cc13
 class DiffusionDrawer:
-    """Turns the states at the dream queries into pictures: condition projector, U-Net with guidance, VAE decoder.
+    """Turns the states at the dream queries into pictures: condition projector, U-Net with
+    guidance, VAE decoder.
 
-    The null condition is computed at first use and kept: make a new drawer after the model has learned."""
+    The null condition is computed at first use and kept: make a new drawer after the model has
+    learned."""
     def __init__(self, model: DreamLLM):
         self.model = model
 
@@ -166,11 +177,20 @@ class DiffusionDrawer:
     @torch.no_grad()
     def draw(self, states: torch.Tensor, generators: list[torch.Generator], guidance_scale: float = 2.0,
              num_inference_steps: int = 20) -> list[Image.Image]:
-        """RGB pictures for states [n, Q, D], sampled with DDIM. `generators`: one a picture, of the CPU, for its noise."""
+        """RGB pictures for states [n, Q, D], sampled with DDIM. `generators`: one a picture, of the
+        CPU, for its noise."""
         model, size = self.model, self.model.unet.config.sample_size
         noise = torch.stack([torch.randn(model.unet.config.in_channels, size, size, generator=g) for g in generators])
-        latents = sample_latents(model.unet, model.scheduler, model.condition_projector(states), self.null, guidance_scale,
-                                 num_inference_steps, noise=noise, added=model.added_conditions)
+        latents = sample_latents(
+            model.unet,
+            model.scheduler,
+            model.condition_projector(states),
+            self.null,
+            guidance_scale,
+            num_inference_steps,
+            noise=noise,
+            added=model.added_conditions,
+        )
         return to_pictures(decode_latents(model.vae, latents))
 
 # %% ../../../nbs/09_generation.ipynb #4b9eeeb1
@@ -180,7 +200,12 @@ def dream(feeder: Feeder, processor: DreamLLMProcessor, drawer: DiffusionDrawer,
     dreaming = [b for b, r in enumerate(rows) if r.dreaming]
     states = feed_blocks(feeder, processor, [(layout.dream_block(), []) if r.dreaming else ([], []) for r in rows])
     states = states[dreaming, -1 - processor.num_queries:-1]
-    pictures = drawer.draw(states, [options["generators"][b] for b in dreaming], options["guidance_scale"], options["num_inference_steps"])
+    pictures = drawer.draw(
+        states,
+        [options["generators"][b] for b in dreaming],
+        options["guidance_scale"],
+        options["num_inference_steps"],
+    )
     for b, picture in zip(dreaming, pictures):
         close_text(b, rows[b], processor, callback)
         rows[b].parts.append(picture)
@@ -199,18 +224,24 @@ def dream(feeder: Feeder, processor: DreamLLMProcessor, drawer: DiffusionDrawer,
 
 # %% ../../../nbs/09_generation.ipynb #5eaba89c
 def allowed_tokens(rows: list[Row], layout: SlotLayout, vocabulary: int, options: dict) -> torch.Tensor:
-    """Which tokens the rows may choose, boolean [B, V]: words, `</s>`, and `<dream_start>` while a whole picture fits the bounds."""
+    """Which tokens the rows may choose, boolean [B, V]: words, `</s>`, and `<dream_start>` while a
+    whole picture fits the bounds."""
     allowed = torch.ones(len(rows), vocabulary, dtype=torch.bool)
     allowed[:, [i for token, i in layout.id.items() if token not in ("</s>", "<dream_start>")]] = False
     full_block = len(layout.dream_block()) + len(layout.image_block())
     for b, row in enumerate(rows):
-        if not options["max_new_tokens"] or row.pictures >= options["max_pictures"] or row.length + full_block > layout.max_length:
+        if (
+            not options["max_new_tokens"]
+            or row.pictures >= options["max_pictures"]
+            or row.length + full_block > layout.max_length
+        ):
             allowed[b, layout.id["<dream_start>"]] = False
     return allowed
 
 
 def write(feeder: Feeder, processor: DreamLLMProcessor, options: dict) -> None:
-    """One more token for every row that is writing; rows that meet `<dream_start>` begin to dream, rows at `</s>` or a bound end."""
+    """One more token for every row that is writing; rows that meet `<dream_start>` begin to dream,
+    rows at `</s>` or a bound end."""
     rows, layout = feeder.rows, processor.layout
     writing = [b for b, r in enumerate(rows) if r.writing]  # no other row chooses, nor uses up random numbers
     allowed = allowed_tokens([rows[b] for b in writing], layout, feeder.last.shape[-1], options)
@@ -219,7 +250,11 @@ def write(feeder: Feeder, processor: DreamLLMProcessor, options: dict) -> None:
         row = rows[b]
         if token == layout.id["<dream_start>"]:
             row.dreaming = True
-        elif token == layout.id["</s>"] or row.tokens >= options["max_new_tokens"] or row.length + 1 >= layout.max_length:
+        elif (
+            token == layout.id["</s>"]
+            or row.tokens >= options["max_new_tokens"]
+            or row.length + 1 >= layout.max_length
+        ):
             row.done = True
             close_text(b, row, processor, options["callback"])
         else:
@@ -227,14 +262,17 @@ def write(feeder: Feeder, processor: DreamLLMProcessor, options: dict) -> None:
             row.tokens += 1
             blocks[b] = [token]
             text = processor.decode(row.ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the bytes of one letter may come in several tokens: wait for the last
+            if not text.endswith(
+                "\N{REPLACEMENT CHARACTER}"
+            ):  # the bytes of one letter may come in several tokens: wait for the last
                 stream_text(b, row, text, options["callback"])
     if any(blocks):
         feeder.feed(blocks, [None] * len(rows))
 
 # %% ../../../nbs/09_generation.ipynb #809f6343
 def step(feeder: Feeder, processor: DreamLLMProcessor, drawer: DiffusionDrawer, options: dict) -> None:
-    """One round: feed what the prompts still hold, else write a token, else draw for the rows that dream (all of them in one batch)."""
+    """One round: feed what the prompts still hold, else write a token, else draw for the rows that
+    dream (all of them in one batch)."""
     rows, blocks = feeder.rows, []
     for row in rows:
         if row.pending and not row.dreaming:
@@ -252,13 +290,15 @@ def step(feeder: Feeder, processor: DreamLLMProcessor, drawer: DiffusionDrawer, 
 
 
 def merge(document: Document, parts: list[str | Image.Image]) -> list[str | Image.Image]:
-    """The prompt's parts with its `Dream()`s replaced by the pictures drawn for them, then the answer's parts."""
+    """The prompt's parts with its `Dream()`s replaced by the pictures drawn for them, then the
+    answer's parts."""
     requested = sum(isinstance(p, Dream) for p in document.parts)
     drawn = iter(parts[:requested])
     return [next(drawn) if isinstance(p, Dream) else p for p in document.parts] + parts[requested:]
 
 # %% ../../../nbs/09_generation.ipynb #8fe9cbdc
-def check_number(name: str, value: object, low: float, high: float | None = None, kind: type = numbers.Integral) -> None:
+def check_number(name: str, value: object, low: float, high: float | None = None,
+                 kind: type = numbers.Integral) -> None:
     """`ValueError` for what is no number of this kind, or out of its range [low, high]."""
     if not isinstance(value, kind) or not (low <= value <= high if high else low <= value < math.inf):
         raise ValueError(f"{name}={value!r}: give a {'whole ' if kind is numbers.Integral else ''}number "
@@ -266,19 +306,23 @@ def check_number(name: str, value: object, low: float, high: float | None = None
 
 
 def check_documents(model: DreamLLM, documents: list[Document], processor: DreamLLMProcessor) -> None:
-    """`ValueError` for documents that `generate` cannot continue, and for a processor of another model, before anything is done."""
+    """`ValueError` for documents that `generate` cannot continue, and for a processor of another
+    model, before anything is done."""
     config, longest = model.config, model.config.text_config.max_position_embeddings
     if not all(isinstance(d, Document) for d in documents):
         raise ValueError("generate takes a Document or a list of them; write Document(['a cat:', Dream()])")
     if len(processor.tokenizer) > config.text_config.vocab_size:
-        raise ValueError(f"the processor knows {len(processor.tokenizer)} tokens, the model {config.text_config.vocab_size}; "
+        raise ValueError(f"the processor knows {len(processor.tokenizer)} tokens, the model "
+                         f"{config.text_config.vocab_size}; "
                          "use the processor that belongs to the model")
     if processor.max_length > longest:
         raise ValueError(f"the processor fills up to {processor.max_length} tokens, the model holds {longest}; "
                          "give the processor that max_length")
     if (processor.num_queries, processor.num_patches) != (config.num_queries, config.num_patches):
-        raise ValueError(f"the processor makes {processor.num_queries} queries and {processor.num_patches} patches a picture, the model "
-                         f"has {config.num_queries} and {config.num_patches}; use the processor that belongs to the model")
+        raise ValueError(f"the processor makes {processor.num_queries} queries and "
+                         f"{processor.num_patches} patches a picture, the model "
+                         f"has {config.num_queries} and {config.num_patches}; use the processor "
+                         "that belongs to the model")
 
 # %% ../../../nbs/09_generation.ipynb #adacdd74
 @dataclass
@@ -300,12 +344,24 @@ class GenerationOptions:
         named = {name: getattr(config, name, None) for name in ("max_new_tokens", "top_p", "guidance_scale")}
         if config.do_sample is not None:
             warmth = getattr(config, "temperature", None)
-            named["temperature"] = 0.0 if not config.do_sample else self.temperature or 1.0 if warmth is None else warmth
+            named["temperature"] = (
+                0.0
+                if not config.do_sample
+                else self.temperature or 1.0
+                if warmth is None
+                else warmth
+            )
         return replace(self, **{name: value for name, value in named.items() if value is not None})
 
     def check(self, steps: int) -> None:
         """`ValueError` for a number out of range; `steps`: as many as the noise schedule has."""
-        whole = {"max_new_tokens": (0,), "max_pictures": (0,), "seed": (0, 2**62), "first": (0, 2**32), "num_inference_steps": (1, steps)}
+        whole = {
+            "max_new_tokens": (0,),
+            "max_pictures": (0,),
+            "seed": (0, 2**62),
+            "first": (0, 2**32),
+            "num_inference_steps": (1, steps),
+        }
         real = {"temperature": (0,), "top_p": (1e-9, 1), "guidance_scale": (0, 1000)}
         for name, bounds in whole.items():
             check_number(name, getattr(self, name), *bounds)
@@ -315,26 +371,41 @@ class GenerationOptions:
 # %% ../../../nbs/09_generation.ipynb #da7ab280
 @patch
 @torch.no_grad()
-def generate(self: DreamLLM, documents: Document | list[Document], processor: DreamLLMProcessor | None = None,
-             max_new_tokens: int = 120, max_pictures: int = 4, temperature: float = 0.0, top_p: float = 1.0,
-             guidance_scale: float = 2.0, num_inference_steps: int = 20, seed: int = 0, generator: torch.Generator | None = None,
-             callback: Callback | None = None, generation_config: GenerationConfig | None = None,
+def generate(self: DreamLLM, documents: Document | list[Document],
+             processor: DreamLLMProcessor | None = None, max_new_tokens: int = 120,
+             max_pictures: int = 4, temperature: float = 0.0, top_p: float = 1.0,
+             guidance_scale: float = 2.0, num_inference_steps: int = 20, seed: int = 0,
+             generator: torch.Generator | None = None, callback: Callback | None = None,
+             generation_config: GenerationConfig | None = None,
              first: int = 0) -> Document | list[Document]:
-    """Continue documents with text and pictures: a `Document` for a `Document`, a list for a list (prompts are given, answers follow).
+    """Continue documents with text and pictures: a `Document` for a `Document`, a list for a list
+    (prompts are given, answers follow).
 
-    The model writes tokens. When it writes `<dream_start>`, or the prompt holds `Dream()`, it draws with guidance `guidance_scale` in
-    `num_inference_steps` steps, reads what it drew, and goes on. `max_new_tokens` and `max_pictures` bound what is added to each
-    document (the prompt's `Dream()`s are always drawn, and count); with `max_new_tokens=0` only those are drawn. Greedy at
+    The model writes tokens. When it writes `<dream_start>`, or the prompt holds `Dream()`, it draws
+    with guidance `guidance_scale` in `num_inference_steps` steps, reads what it drew, and goes on.
+    `max_new_tokens` and `max_pictures` bound what is added to each document (the prompt's
+    `Dream()`s are always drawn, and count); with `max_new_tokens=0` only those are drawn. Greedy at
     `temperature` 0, else sampled from the nucleus `top_p`.
 
-    What a document gets depends on `seed` (or a `generator`) and its own place in the list, not on its neighbours; `first` is the
-    place of the first document, for a long list that is handed over in pieces. `callback(i, text_or_picture)` is called as parts
-    appear, text in pieces of whole letters. Without `processor` it is the miniature's. `generation_config`: a `GenerationConfig`
-    of transformers, whose `max_new_tokens`, `do_sample`, `temperature`, `top_p` and `guidance_scale` come before the arguments.
+    What a document gets depends on `seed` (or a `generator`) and its own place in the list, not on
+    its neighbours; `first` is the place of the first document, for a long list that is handed over
+    in pieces. `callback(i, text_or_picture)` is called as parts appear, text in pieces of whole
+    letters. Without `processor` it is the miniature's. `generation_config`: a `GenerationConfig` of
+    transformers, whose `max_new_tokens`, `do_sample`, `temperature`, `top_p` and `guidance_scale`
+    come before the arguments.
 
-    Raises `ValueError` for empty or overlong prompts, for numbers out of range, and for a processor that does not belong to the
-    model."""
-    numbers_given = GenerationOptions(max_new_tokens, max_pictures, temperature, top_p, guidance_scale, num_inference_steps, seed, first)
+    Raises `ValueError` for empty or overlong prompts, for numbers out of range, and for a processor
+    that does not belong to the model."""
+    numbers_given = GenerationOptions(
+        max_new_tokens,
+        max_pictures,
+        temperature,
+        top_p,
+        guidance_scale,
+        num_inference_steps,
+        seed,
+        first,
+    )
     chosen, single = numbers_given.overridden(generation_config), isinstance(documents, Document)
     documents = [documents] if single else list(documents)
     if not documents:
@@ -346,7 +417,9 @@ def generate(self: DreamLLM, documents: Document | list[Document], processor: Dr
         seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
     seeds = [seed + 7919 * (first + b) for b in range(len(documents))]
     words, noise = ([torch.Generator().manual_seed(s + more) for s in seeds] for more in (1, 0))
-    sample = lambda logits, allowed, rows: sample_tokens(logits, allowed, chosen.temperature, chosen.top_p, [words[b] for b in rows])
+    sample = lambda logits, allowed, rows: sample_tokens(
+        logits, allowed, chosen.temperature, chosen.top_p, [words[b] for b in rows]
+    )
     options = {**vars(chosen), "generators": noise, "callback": callback, "sample": sample}
     rows, training = [Row(prompt_blocks(d, processor.layout)) for d in documents], self.training
     self.eval()  # no dropout, and no checkpointing of layers, which would switch the cache off

@@ -27,9 +27,10 @@ from ...parts.vision import VisualProjector, patch_features
 class DreamLLMOutput(ModelOutput):
     """Losses and states of a batch; what was not computed is None.
 
-    `loss` = lm_weight * `lm_loss` + image_weight * `image_loss`. `token_losses` [labelled tokens] and `picture_losses` [n] are
-    what the two losses are the means of. `logits` [B, T, V], or [labelled tokens, V] with `labelled_only`;
-    `last_hidden_state` [B, T, D]; `conditions` [n, Q, K], K the width of a condition."""
+    `loss` = lm_weight * `lm_loss` + image_weight * `image_loss`. `token_losses` [labelled tokens]
+    and `picture_losses` [n] are what the two losses are the means of. `logits` [B, T, V], or
+    [labelled tokens, V] with `labelled_only`; `last_hidden_state` [B, T, D]; `conditions` [n, Q,
+    K], K the width of a condition."""
     loss: torch.Tensor | None = None
     lm_loss: torch.Tensor | None = None
     image_loss: torch.Tensor | None = None
@@ -42,11 +43,12 @@ class DreamLLMOutput(ModelOutput):
 
 # %% ../../../nbs/08_model.ipynb #9c77fbd2
 class DreamLLM(PreTrainedModel):
-    """A causal language model that reads pictures through CLIP and draws them through dream queries and a frozen diffusion model
-    (Dong et al. 2024).
+    """A causal language model that reads pictures through CLIP and draws them through dream queries
+    and a frozen diffusion model (Dong et al. 2024).
 
-    `DreamLLM.from_pretrained("mini")` is the shipped miniature; `model(input_ids, ...)` gives losses, `model.generate(document)`
-    goes on with text and pictures. `ValueError` for a configuration that belongs to a subclass."""
+    `DreamLLM.from_pretrained("mini")` is the shipped miniature; `model(input_ids, ...)` gives
+    losses, `model.generate(document)` goes on with text and pictures. `ValueError` for a
+    configuration that belongs to a subclass."""
     config_class = DreamLLMConfig
     base_model_prefix = "dreamllm"
     supports_gradient_checkpointing = True
@@ -58,8 +60,10 @@ class DreamLLM(PreTrainedModel):
 
     def __init__(self, config: DreamLLMConfig):
         if config.compat != self.compat:
-            raise ValueError(f"the configuration says compat={config.compat!r}, {type(self).__name__} is made for {self.compat!r}; "
-                             "'official' is an OfficialDreamLLM: make it with DreamLLM.from_official(folder, compat='official')")
+            raise ValueError(f"the configuration says compat={config.compat!r}, "
+                             f"{type(self).__name__} is made for {self.compat!r}; "
+                             "'official' is an OfficialDreamLLM: make it with "
+                             "DreamLLM.from_official(folder, compat='official')")
         super().__init__(config)
         self.language_model = LlamaForCausalLM(config.text_config)
         self.vision_encoder = CLIPVisionModel(config.vision_config)
@@ -67,9 +71,16 @@ class DreamLLM(PreTrainedModel):
         self.vae = AutoencoderKL(**config.vae_config)
         self.visual_projector = VisualProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.dream_queries = DreamQueries(config.num_queries, config.text_config.hidden_size)
-        self.condition_projector = ConditionProjector(config.text_config.hidden_size, self.unet.config.cross_attention_dim)
-        if self.unet.config.addition_embed_type == "text_time":  # SDXL wants one vector of the whole text, and six numbers of sizes
-            pooled = self.unet.config.projection_class_embeddings_input_dim - 6 * self.unet.config.addition_time_embed_dim
+        self.condition_projector = ConditionProjector(
+            config.text_config.hidden_size, self.unet.config.cross_attention_dim
+        )
+        if (
+            self.unet.config.addition_embed_type == "text_time"
+        ):  # SDXL wants one vector of the whole text, and six numbers of sizes
+            pooled = (
+                self.unet.config.projection_class_embeddings_input_dim
+                - 6 * self.unet.config.addition_time_embed_dim
+            )
             self.pooled_projector = ConditionProjector(self.unet.config.cross_attention_dim, pooled)
         for part in self.frozen_parts:
             getattr(self, part).requires_grad_(False)
@@ -77,8 +88,11 @@ class DreamLLM(PreTrainedModel):
 
     @functools.cached_property
     def scheduler(self) -> DDPMScheduler:
-        """The training noise schedule; made at first use, because loading builds the model without memory."""
-        return DDPMScheduler.from_config(self.config.scheduler_config)  # ignores entries of other schedulers (SD ships PNDM)
+        """The training noise schedule; made at first use, because loading builds the model without
+        memory."""
+        return DDPMScheduler.from_config(
+            self.config.scheduler_config
+        )  # ignores entries of other schedulers (SD ships PNDM)
 
     @classmethod
     def variant(cls, compat: str | None) -> type["DreamLLM"]:
@@ -102,15 +116,21 @@ class DreamLLM(PreTrainedModel):
 @patch
 @torch.no_grad()
 def encode_images(self: DreamLLM, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Frozen patch features [n, N, E] of CLIP-normalised float pictures [n, 3, S, S]; E is CLIP's width."""
-    return patch_features(self.vision_encoder, pixel_values.to(self.device, self.vision_encoder.dtype), self.config.vision_layer)
+    """Frozen patch features [n, N, E] of CLIP-normalised float pictures [n, 3, S, S]; E is CLIP's
+    width."""
+    return patch_features(
+        self.vision_encoder,
+        pixel_values.to(self.device, self.vision_encoder.dtype),
+        self.config.vision_layer,
+    )
 
 
 @patch
 @torch.no_grad()
 def encode_latents(self: DreamLLM, target_pixel_values: torch.Tensor, noise: torch.Tensor | None = None,
                    generator: torch.Generator | None = None) -> torch.Tensor:
-    """Latents [n, Z, h, w] in the U-Net's scale, sampled from the VAE's posterior of float pictures [n, 3, H, W] in [-1, 1].
+    """Latents [n, Z, h, w] in the U-Net's scale, sampled from the VAE's posterior of float pictures
+    [n, 3, H, W] in [-1, 1].
 
     `noise` [n, Z, h, w] may be given; otherwise it is drawn from `generator` (of the CPU)."""
     posterior = self.vae.encode(target_pixel_values.to(self.device, self.vae.dtype)).latent_dist
@@ -120,22 +140,26 @@ def encode_latents(self: DreamLLM, target_pixel_values: torch.Tensor, noise: tor
 
 # %% ../../../nbs/08_model.ipynb #be392f3d
 def blocks_by_row(rows: torch.Tensor, input_ids: torch.Tensor) -> list[int]:
-    """How many blocks each document of a batch has. `rows` [n, Q or N]: the row of each slot, from `slots_after`."""
+    """How many blocks each document of a batch has. `rows` [n, Q or N]: the row of each slot, from
+    `slots_after`."""
     return [int((rows[:, 0] == b).sum()) if len(rows) else 0 for b in range(len(input_ids))]
 
 
 def check_pictures(rows: torch.Tensor, input_ids: torch.Tensor, number: int, block: str, picture: str) -> None:
-    """`ValueError` unless there are as many pictures as blocks: otherwise later pictures would land in wrong blocks."""
+    """`ValueError` unless there are as many pictures as blocks: otherwise later pictures would land
+    in wrong blocks."""
     if len(rows) != number:
-        raise ValueError(f"{len(rows)} {block} blocks in the tokens (by document: {blocks_by_row(rows, input_ids)}), but {number} "
+        raise ValueError(f"{len(rows)} {block} blocks in the tokens (by document: "
+                         f"{blocks_by_row(rows, input_ids)}), but {number} "
                          f"{picture}; every picture needs its own block, in order")
 
 
 @patch
 def embed(self: DreamLLM, input_ids: torch.Tensor, image_features: torch.Tensor | None = None,
           splice_queries: bool = True) -> torch.Tensor:
-    """Embeddings [B, T, D] of int64 `input_ids` [B, T], with queries at the dream slots (unless `splice_queries=False`) and
-    projected `image_features` [n, N, E] at the image slots. `ValueError` if blocks and pictures differ in number."""
+    """Embeddings [B, T, D] of int64 `input_ids` [B, T], with queries at the dream slots (unless
+    `splice_queries=False`) and projected `image_features` [n, N, E] at the image slots.
+    `ValueError` if blocks and pictures differ in number."""
     config, embeddings = self.config, self.get_input_embeddings()(input_ids)
     if splice_queries:
         rows, columns = slots_after(input_ids, config.dream_start_id, config.num_queries)
@@ -150,7 +174,8 @@ def embed(self: DreamLLM, input_ids: torch.Tensor, image_features: torch.Tensor 
 # %% ../../../nbs/08_model.ipynb #81690183
 @patch
 def null_embeddings(self: DreamLLM) -> torch.Tensor:
-    """An empty prompt with its dream block, `<s> <dream_start> Q`, queries in their slots: [1, Q + 2, D]."""
+    """An empty prompt with its dream block, `<s> <dream_start> Q`, queries in their slots: [1, Q +
+    2, D]."""
     begin, queries = self.config.text_config.bos_token_id, self.config.num_queries
     return self.embed(torch.tensor([[begin, self.config.dream_start_id] + [begin] * queries], device=self.device))
 
@@ -164,34 +189,49 @@ def null_condition(self: DreamLLM) -> torch.Tensor:
 
 @patch
 def snr_weights(self: DreamLLM, timesteps: torch.Tensor) -> torch.Tensor | None:
-    """Min-SNR weights [n] of the time steps [n] (Hang et al. 2023), or None without `config.snr_gamma`."""
+    """Min-SNR weights [n] of the time steps [n] (Hang et al. 2023), or None without
+    `config.snr_gamma`."""
     gamma = self.config.snr_gamma
     return None if gamma is None else min_snr_weights(self.scheduler, timesteps, gamma)
 
 
 @patch
-def image_loss_of(self: DreamLLM, conditions: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
-                  drop_mask: torch.Tensor | None, perturbation: torch.Tensor | None = None, null: torch.Tensor | None = None,
+def image_loss_of(self: DreamLLM, conditions: torch.Tensor, latents: torch.Tensor,
+                  noise: torch.Tensor, timesteps: torch.Tensor, drop_mask: torch.Tensor | None,
+                  perturbation: torch.Tensor | None = None, null: torch.Tensor | None = None,
                   reduction: str = "mean") -> torch.Tensor:
-    """Denoising loss (DreamLLM, eq. 4) of the conditions [n, Q, K] for `latents`, `noise`, `perturbation` [n, Z, h, w] at int64
-    `timesteps` [n].
+    """Denoising loss (DreamLLM, eq. 4) of the conditions [n, Q, K] for `latents`, `noise`,
+    `perturbation` [n, Z, h, w] at int64 `timesteps` [n].
 
-    Where the boolean `drop_mask` [n] is true the null condition takes a condition's place, so that guidance is trained.
-    `null` [1, Q, K]: that condition, if it is known already. `reduction="none"`: one loss for each picture, [n]."""
+    Where the boolean `drop_mask` [n] is true the null condition takes a condition's place, so that
+    guidance is trained. `null` [1, Q, K]: that condition, if it is known already.
+    `reduction="none"`: one loss for each picture, [n]."""
     if drop_mask is not None and (null is not None or drop_mask.any()):
         conditions = torch.where(drop_mask.view(-1, 1, 1), self.null_condition() if null is None else null, conditions)
-    return denoising_loss(self.unet, self.scheduler, latents, conditions, noise, timesteps, perturbation, self.snr_weights(timesteps),
-                          reduction, **self.added_conditions(conditions))
+    return denoising_loss(
+        self.unet,
+        self.scheduler,
+        latents,
+        conditions,
+        noise,
+        timesteps,
+        perturbation,
+        self.snr_weights(timesteps),
+        reduction,
+        **self.added_conditions(conditions),
+    )
 
 
 @patch
 def added_conditions(self: DreamLLM, conditions: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-    """What an SDXL U-Net needs beside the conditions [n, Q, K]: their projected mean, and sizes and crop of the picture in pixels
-    (Podell et al. 2024, section 2.2); nothing for other U-Nets."""
+    """What an SDXL U-Net needs beside the conditions [n, Q, K]: their projected mean, and sizes and
+    crop of the picture in pixels (Podell et al. 2024, section 2.2); nothing for other U-Nets."""
     if self.unet.config.addition_embed_type != "text_time":
         return {}
     side = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-    sizes = torch.tensor([side, side, 0, 0, side, side], device=conditions.device, dtype=conditions.dtype).expand(len(conditions), -1)
+    sizes = torch.tensor(
+        [side, side, 0, 0, side, side], device=conditions.device, dtype=conditions.dtype
+    ).expand(len(conditions), -1)
     return {"added_cond_kwargs": {"text_embeds": self.pooled_projector(conditions.mean(1)), "time_ids": sizes}}
 
 # %% ../../../nbs/08_model.ipynb #88fa84f4
@@ -199,31 +239,44 @@ def added_conditions(self: DreamLLM, conditions: torch.Tensor) -> dict[str, dict
 def draws(self: DreamLLM, latents: torch.Tensor, generator: torch.Generator | None, noise: torch.Tensor | None,
           timesteps: torch.Tensor | None, drop_mask: torch.Tensor | None, offset_noise: torch.Tensor | None = None,
           perturbation_noise: torch.Tensor | None = None) -> tuple:
-    """The random numbers of a denoising loss: noise [n, Z, h, w], time steps [n], drop mask [n], perturbation [n, Z, h, w].
+    """The random numbers of a denoising loss: noise [n, Z, h, w], time steps [n], drop mask [n],
+    perturbation [n, Z, h, w].
 
-    What of `noise`, `offset_noise` [n, Z, 1, 1], `perturbation_noise` [n, Z, h, w], `timesteps` and `drop_mask` is not given is
-    drawn from `generator` (of the CPU, wherever the model is), in the official code's order."""
+    What of `noise`, `offset_noise` [n, Z, 1, 1], `perturbation_noise` [n, Z, h, w], `timesteps` and
+    `drop_mask` is not given is drawn from `generator` (of the CPU, wherever the model is), in the
+    official code's order."""
     config, normal = self.config, lambda *shape: torch.randn(shape, generator=generator).to(latents)
     noise = normal(*latents.shape) if noise is None else noise.to(latents)
     if config.noise_offset:
-        noise = noise + config.noise_offset * (normal(*latents.shape[:2], 1, 1) if offset_noise is None else offset_noise.to(latents))
+        noise = noise + config.noise_offset * (
+            normal(*latents.shape[:2], 1, 1) if offset_noise is None else offset_noise.to(latents)
+        )
     perturbation = None
     if config.input_perturbation:
-        perturbation = config.input_perturbation * (normal(*latents.shape) if perturbation_noise is None else perturbation_noise.to(latents))
+        perturbation = config.input_perturbation * (
+            normal(*latents.shape) if perturbation_noise is None else perturbation_noise.to(latents)
+        )
     if timesteps is None:
         total = self.scheduler.config.num_train_timesteps
         timesteps = draw_timesteps(total, len(latents), generator, config.timestep_exponent)
     if drop_mask is None and self.training and config.condition_dropout:
         drop_mask = torch.bernoulli(torch.full(latents.shape[:1], config.condition_dropout), generator=generator).bool()
-    return noise, timesteps.to(latents.device), drop_mask if drop_mask is None else drop_mask.to(latents.device), perturbation
+    return (
+        noise,
+        timesteps.to(latents.device),
+        drop_mask if drop_mask is None else drop_mask.to(latents.device),
+        perturbation,
+    )
 
 # %% ../../../nbs/08_model.ipynb #44182123
 @patch
-def language_losses(self: DreamLLM, states: torch.Tensor, labels: torch.Tensor | None, labelled_only: bool = False) -> tuple:
-    """Logits, the loss of each labelled token, and their mean, from states [B, T, D]; position t predicts token t + 1.
+def language_losses(self: DreamLLM, states: torch.Tensor, labels: torch.Tensor | None,
+                    labelled_only: bool = False) -> tuple:
+    """Logits, the loss of each labelled token, and their mean, from states [B, T, D]; position t
+    predicts token t + 1.
 
-    `labels` int64 [B, T], -100 is ignored; without labels both losses are None. `labelled_only`: logits [labelled tokens, V]
-    instead of [B, T, V], which is all that training needs."""
+    `labels` int64 [B, T], -100 is ignored; without labels both losses are None. `labelled_only`:
+    logits [labelled tokens, V] instead of [B, T, V], which is all that training needs."""
     logits = None if labelled_only else self.language_model.lm_head(states)
     if labels is None:
         return logits, None, None
@@ -232,21 +285,6 @@ def language_losses(self: DreamLLM, states: torch.Tensor, labels: torch.Tensor |
     losses = F.cross_entropy(predicted.float(), labels[:, 1:][labelled], reduction="none")
     mean = losses.sum() / labelled.sum().clamp(min=1)  # a batch without text to learn has loss 0, not NaN
     return predicted if labelled_only else logits, losses, mean
-
-
-@patch
-def read_conditions(self: DreamLLM, states: torch.Tensor, input_ids: torch.Tensor) -> tuple:
-    """The row of each dream slot [n, Q], and the conditions [n, Q, K] that the states [B, T, D] there project to (None if n = 0)."""
-    rows, columns = slots_after(input_ids, self.config.dream_start_id, self.config.num_queries)
-    return rows, self.condition_projector(states[rows, columns]) if len(rows) else None
-
-
-@patch
-def no_picture_losses(self: DreamLLM, conditions: torch.Tensor) -> torch.Tensor:
-    """Losses [0] of no pictures, whose gradient is zero in every layer of a picture loss: other ranks may have pictures."""
-    nothing = conditions[:0]
-    pooled = self.pooled_projector(nothing.mean(1)).sum(1) if hasattr(self, "pooled_projector") else 0.0
-    return nothing.sum((1, 2)) + pooled
 
 
 @patch
@@ -260,48 +298,81 @@ def computes_image_loss(self: DreamLLM) -> bool:
     """Whether targets give a picture loss in the present mode (training or evaluation)."""
     return True
 
+
+@patch
+def no_picture_losses(self: DreamLLM, conditions: torch.Tensor) -> torch.Tensor:
+    """Losses [0] of no pictures, whose gradient is zero in every layer of a picture loss: other
+    ranks may have pictures."""
+    nothing = conditions[:0]
+    pooled = self.pooled_projector(nothing.mean(1)).sum(1) if hasattr(self, "pooled_projector") else 0.0
+    return nothing.sum((1, 2)) + pooled
+
+
+@patch
+def drawing_losses(self: DreamLLM, input_ids: torch.Tensor, states: torch.Tensor,
+                   latents: torch.Tensor | None, null_included: bool = False, **given) -> tuple:
+    """The conditions [n, Q, K] that the states [B, T, D] at the dream slots project to, and the
+    loss of each target picture with `latents` [n, Z, h, w]: [n]. What there is none of is None.
+
+    `null_included`: the last dream block is the empty prompt (see `forward`); `given`: random
+    numbers for `draws`. `ValueError` if blocks and targets differ in number."""
+    if not self.uses_queries(latents):
+        return None, None
+    rows, columns = slots_after(input_ids, self.config.dream_start_id, self.config.num_queries)
+    conditions = self.condition_projector(states[rows, columns]) if len(rows) else None
+    targets, null = (conditions[:-1], conditions[-1:]) if null_included else (conditions, None)
+    if latents is None:
+        return conditions, self.no_picture_losses(conditions) if null_included else None
+    check_pictures(rows[:-1] if null_included else rows, input_ids, len(latents), "dream", "target pictures")
+    if not self.computes_image_loss():
+        return conditions, None
+    return conditions, self.image_loss_of(targets, latents, *self.draws(latents, **given), null, "none")
+
 # %% ../../../nbs/08_model.ipynb #69d257df
 @patch
-def forward(self: DreamLLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None,
-            pixel_values: torch.Tensor | None = None, target_pixel_values: torch.Tensor | None = None,
-            image_features: torch.Tensor | None = None, latents: torch.Tensor | None = None, vae_noise: torch.Tensor | None = None,
-            noise: torch.Tensor | None = None, offset_noise: torch.Tensor | None = None,
+def forward(self: DreamLLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
+            labels: torch.Tensor | None = None, pixel_values: torch.Tensor | None = None,
+            target_pixel_values: torch.Tensor | None = None,
+            image_features: torch.Tensor | None = None, latents: torch.Tensor | None = None,
+            vae_noise: torch.Tensor | None = None, noise: torch.Tensor | None = None,
+            offset_noise: torch.Tensor | None = None,
             perturbation_noise: torch.Tensor | None = None, timesteps: torch.Tensor | None = None,
-            condition_drop_mask: torch.Tensor | None = None, generator: torch.Generator | None = None,
-            position_ids: torch.Tensor | None = None, labelled_only: bool = False, null_included: bool = False,
-            **kwargs) -> DreamLLMOutput:
-    """Losses of a batch: `input_ids`, `attention_mask`, `labels`, `position_ids` int64 [B, T]; a label of -100 is ignored.
+            condition_drop_mask: torch.Tensor | None = None,
+            generator: torch.Generator | None = None, position_ids: torch.Tensor | None = None,
+            labelled_only: bool = False, null_included: bool = False, **kwargs) -> DreamLLMOutput:
+    """Losses of a batch: `input_ids`, `attention_mask`, `labels`, `position_ids` int64 [B, T]; a
+    label of -100 is ignored.
 
-    `pixel_values` [n, 3, S, S] (CLIP-normalised) or `image_features` [n, N, E] of the pictures that are read,
-    `target_pixel_values` [n, 3, H, W] in [-1, 1] or `latents` [n, Z, h, w] of those that are drawn; every random number may be
-    given (`draws`). `labelled_only`: see `language_losses`. `null_included`: the last dream block is the empty prompt, which has
-    no target and gives the null condition; `picture_losses` are [0] then, not None, where nothing is drawn. `ValueError` for
-    more tokens than the context holds, and if pictures and blocks differ in number."""
+    `pixel_values` [n, 3, S, S] (CLIP-normalised) or `image_features` [n, N, E] of the pictures that
+    are read, `target_pixel_values` [n, 3, H, W] in [-1, 1] or `latents` [n, Z, h, w] of those that
+    are drawn; every random number may be given (`draws`). `labelled_only`: see `language_losses`.
+    `null_included`: the last dream block is the empty prompt, which has no target and gives the
+    null condition; `picture_losses` are [0] then, not None, where nothing is drawn. `ValueError`
+    for more tokens than the context holds, and if pictures and blocks differ in number."""
     longest = self.config.text_config.max_position_embeddings
     if input_ids.shape[1] > longest:
-        raise ValueError(f"{input_ids.shape[1]} tokens, the context holds {longest}; encode documents with a processor, which cuts between blocks")
+        raise ValueError(
+            f"{input_ids.shape[1]} tokens, the context holds {longest}; encode documents with a "
+            "processor, which cuts between blocks"
+        )
     if image_features is None and pixel_values is not None:
         image_features = self.encode_images(pixel_values)
     if latents is None and target_pixel_values is not None:
         latents = self.encode_latents(target_pixel_values, vae_noise, generator)
-    spliced = self.uses_queries(latents)
-    states = self.language_model.model(inputs_embeds=self.embed(input_ids, image_features, spliced), attention_mask=attention_mask,
-                                       position_ids=position_ids, use_cache=False).last_hidden_state
+    embeddings = self.embed(input_ids, image_features, self.uses_queries(latents))
+    states = self.language_model.model(
+        inputs_embeds=embeddings,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+    ).last_hidden_state
     logits, token_losses, lm_loss = self.language_losses(states, labels, labelled_only)
-    rows, conditions = self.read_conditions(states, input_ids) if spliced else (input_ids[:0], None)
-    null, targets = None, conditions
-    if null_included:
-        rows, targets, null = rows[:-1], conditions[:-1], conditions[-1:]
-    picture_losses = image_loss = None
-    if latents is not None:
-        check_pictures(rows, input_ids, len(latents), "dream", "target pictures")
-        if self.computes_image_loss():
-            drawn = self.draws(latents, generator, noise, timesteps, condition_drop_mask, offset_noise, perturbation_noise)
-            picture_losses = self.image_loss_of(targets, latents, *drawn, null, "none")
-            image_loss = picture_losses.mean()
-    elif null_included:
-        picture_losses = self.no_picture_losses(conditions)
+    conditions, picture_losses = self.drawing_losses(
+        input_ids, states, latents, null_included, generator=generator, noise=noise, timesteps=timesteps,
+        drop_mask=condition_drop_mask, offset_noise=offset_noise, perturbation_noise=perturbation_noise)
+    image_loss = None if latents is None or picture_losses is None else picture_losses.mean()
     weighted = ((self.config.lm_loss_weight, lm_loss), (self.config.image_loss_weight, image_loss))
     loss = sum(weight * part for weight, part in weighted if part is not None)
-    return DreamLLMOutput(loss=loss if torch.is_tensor(loss) else None, lm_loss=lm_loss, image_loss=image_loss, token_losses=token_losses, picture_losses=picture_losses,
-                          logits=logits, last_hidden_state=states, conditions=conditions)
+    return DreamLLMOutput(
+        loss=loss if torch.is_tensor(loss) else None, lm_loss=lm_loss, image_loss=image_loss, token_losses=token_losses,
+        picture_losses=picture_losses, logits=logits, last_hidden_state=states, conditions=conditions)

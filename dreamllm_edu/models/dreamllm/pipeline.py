@@ -21,20 +21,22 @@ from .processor import DreamLLMProcessor
 # %% ../../../nbs/09_generation.ipynb #7e4777f9
 @dataclass
 class DreamLLMPipelineOutput(BaseOutput):
-    """`documents`: each prompt with its answer; `images`: the pictures that were drawn, RGB, in the order of the documents."""
+    """`documents`: each prompt with its answer; `images`: the pictures that were drawn, RGB, in the
+    order of the documents."""
     documents: list[Document]
     images: list[Image.Image]
 
 
 class DreamLLMPipeline:
-    """Model and processor: `DreamLLMPipeline.from_pretrained("mini")("red apple in Noto style:").images[0]`."""
+    """Model and processor: `DreamLLMPipeline.from_pretrained("mini")("red apple in Noto
+    style:").images[0]`."""
     def __init__(self, model: DreamLLM, processor: DreamLLMProcessor):
         self.model, self.processor = model.eval(), processor
 
     @classmethod
     def from_pretrained(cls, name: Path | str = "mini", **options) -> "DreamLLMPipeline":
-        """From `"mini"`, a folder of `save_pretrained`, or a hub name; `options` go to `DreamLLM.from_pretrained`, such as `dtype`.
-        `ValueError` for damaged or foreign weights."""
+        """From `"mini"`, a folder of `save_pretrained`, or a hub name; `options` go to
+        `DreamLLM.from_pretrained`, such as `dtype`. `ValueError` for damaged or foreign weights."""
         model = DreamLLM.from_pretrained(name, **options)
         shared = {key: options[key] for key in ("parts", "local_files_only", "revision", "token") if key in options}
         sizes = {"num_queries": model.config.num_queries} if str(name) == "mini" else {}
@@ -59,24 +61,34 @@ class DreamLLMPipeline:
         self.model.to(*device_or_dtype)
         return self
 
-    def __call__(self, prompt: str | Document | list[str | Document], num_inference_steps: int = 20, guidance_scale: float = 2.0,
-                 generator: torch.Generator | None = None, max_new_tokens: int | None = None, return_dict: bool = True,
+    def __call__(self, prompt: str | Document | list[str | Document], num_inference_steps: int = 20,
+                 guidance_scale: float = 2.0, generator: torch.Generator | None = None,
+                 max_new_tokens: int | None = None, return_dict: bool = True,
                  **options) -> DreamLLMPipelineOutput | tuple:
         """Continue one prompt or a list of them; a string stands for `Document([text, Dream()])`.
 
-        `max_new_tokens`: by default 0 if every prompt holds a `Dream()`, so that only the requested pictures are drawn, else 120.
-        `options`: those of `DreamLLM.generate`, such as `temperature`, `max_pictures`, `seed`. `return_dict=False` gives the tuple
-        (documents, images). Raises `ValueError` where `generate` does."""
+        `max_new_tokens`: by default 0 if every prompt holds a `Dream()`, so that only the requested
+        pictures are drawn, else 120. `options`: those of `DreamLLM.generate`, such as
+        `temperature`, `max_pictures`, `seed`. `return_dict=False` gives the tuple (documents,
+        images). Raises `ValueError` where `generate` does."""
         prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
         prompts = [Document([p, Dream()]) if isinstance(p, str) else p for p in prompts]
         if max_new_tokens is None:
             requested = (isinstance(p, Document) and any(isinstance(part, Dream) for part in p.parts) for p in prompts)
             max_new_tokens = 0 if all(requested) else 120
-        documents = self.model.generate(prompts, self.processor, max_new_tokens=max_new_tokens, guidance_scale=guidance_scale,
-                                        num_inference_steps=num_inference_steps, generator=generator, **options)
+        documents = self.model.generate(
+            prompts,
+            self.processor,
+            max_new_tokens=max_new_tokens,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            **options,
+        )
         images = [part for before, after in zip(prompts, documents) for i, part in enumerate(after.parts)
                   if isinstance(part, Image.Image) and (i >= len(before.parts) or isinstance(before.parts[i], Dream))]
         return DreamLLMPipelineOutput(documents, images) if return_dict else (documents, images)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(model={type(self.model).__name__}, processor={type(self.processor).__name__}, device={self.device})"
+        return (f"{type(self).__name__}(model={type(self.model).__name__}, "
+                f"processor={type(self.processor).__name__}, device={self.device})")
