@@ -15,7 +15,9 @@ import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Sequence
+from typing import Sequence
+
+from ._moved import real_spec, run_after
 
 MODEL, MODEL_TYPE, PROCESSOR = "dreamllm_edu.models.dreamllm", "dreamllm_edu", "DreamLLMProcessor"
 METHODS = {  # module of transformers -> class -> its class methods
@@ -95,23 +97,10 @@ class Finder:
                   target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
         if name not in METHODS:
             return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path
-                  if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((spec for spec in others if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            self.prepare_after(spec.loader)
+        spec = real_spec(self, name, path, target)
+        if spec is not None:
+            run_after(spec.loader, prepare)
         return spec
-
-    def prepare_after(self, loader: object) -> None:
-        run: Callable[[ModuleType], None] = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            prepare(module)
-        try:
-            loader.exec_module = exec_module
-        except AttributeError:  # a loader that cannot be changed: `import dreamllm_edu.models.dreamllm` still registers
-            pass
 
 
 def install() -> None:

@@ -7,7 +7,7 @@ import importlib.machinery
 import sys
 import warnings
 from types import CodeType, ModuleType
-from typing import Callable
+from typing import Callable, Sequence
 
 MOVED = {  # old module -> the modules that hold its names now; all below `dreamllm_edu`
     "cli": ["app.cli"],
@@ -75,21 +75,50 @@ def attribute_of(old: str, places: list[str]) -> Callable[[str], object]:
     return __getattr__
 
 
-def divided(module: str) -> Callable[[str], object]:
-    """The `__getattr__` of a module that still exists, for names that left it. `module`: its `__name__`."""
-    return attribute_of(module, DIVIDED[module.removeprefix(f"{PACKAGE}.")])
+def real_spec(own: object, name: str, path: Sequence[str] | None, target: ModuleType | None) -> importlib.machinery.ModuleSpec | None:
+    """What the other finders find. `own`: the finder that asks."""
+    others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not own and hasattr(finder, "find_spec"))
+    return next((spec for spec in others if spec is not None), None)
+
+
+def run_after(loader: object, action: Callable[[ModuleType], None]) -> None:
+    """Let a loader call `action(module)` when it has loaded a module; one that cannot be changed stays as it is."""
+    load = getattr(loader, "exec_module", None)
+    if load is None:
+        return
+
+    def exec_module(module: ModuleType) -> None:
+        load(module)
+        action(module)
+    try:
+        loader.exec_module = exec_module
+    except AttributeError:
+        pass
+
+
+def forward(module: ModuleType) -> None:
+    """Give a divided module a `__getattr__` for the names that left it, if it has none of its own."""
+    if "__getattr__" not in vars(module):
+        module.__getattr__ = attribute_of(module.__name__, DIVIDED[module.__name__.rpartition(".")[2]])
 
 
 class Finder:
-    """Finder and loader of the old module names."""
+    """Finds the old module names where there is no such module any more, and forwards for those that were divided."""
 
-    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        if name.rpartition(".")[0] != PACKAGE or name.rpartition(".")[2] not in MOVED:
+    def find_spec(self, name: str, path: Sequence[str] | None = None,
+                  target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+        package, _, last = name.rpartition(".")
+        if package != PACKAGE or last not in MOVED and last not in DIVIDED:
             return None
-        return importlib.machinery.ModuleSpec(name, self, origin=f"moved, see {__name__}")
+        spec = real_spec(self, name, path, target)
+        if spec is None and last in MOVED:
+            return importlib.machinery.ModuleSpec(name, self, origin=f"moved, see {__name__}")
+        if spec is not None and last in DIVIDED:
+            run_after(spec.loader, forward)
+        return spec
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        return None  # an ordinary module
+        """None: an ordinary module."""
 
     def exec_module(self, module: ModuleType) -> None:
         places = MOVED[module.__name__.rpartition(".")[2]]
@@ -107,6 +136,6 @@ class Finder:
 
 
 def install() -> None:
-    """Put the finder at the end of `sys.meta_path`, where real modules come first; a second call does nothing."""
+    """Put the finder on `sys.meta_path`; a second call does nothing."""
     if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
-        sys.meta_path.append(Finder())
+        sys.meta_path.insert(0, Finder())

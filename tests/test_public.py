@@ -29,16 +29,17 @@ def fresh(code, cwd=None, options=(), check=True):
 def test_the_import_is_fast_and_loads_no_library():
     code = """
 import sys, time
-began = time.perf_counter()
+began, busy = time.perf_counter(), time.process_time()
 import dreamllm_edu
-took = time.perf_counter() - began
+took, busy = time.perf_counter() - began, time.process_time() - busy
 heavy = {'torch', 'transformers', 'diffusers', 'datasets', 'numpy', 'PIL', 'fastcore'} & set(sys.modules)
 assert not heavy, heavy
-print(took)
+print(took, busy)
 """
-    seconds = min(float(fresh(code)) for _ in range(3))
-    print(f"import dreamllm_edu: {1000 * seconds:.1f} ms")
-    assert seconds < 0.05
+    runs = [tuple(map(float, fresh(code).split())) for _ in range(5)]
+    seconds, busy = min(wall for wall, _ in runs), min(cpu for _, cpu in runs)
+    print(f"import dreamllm_edu: {1000 * seconds:.1f} ms, of which {1000 * busy:.1f} ms of the processor")
+    assert busy < 0.05, "the processor's time, because the clock also counts the machine's other work"
 
 
 def test_public_names_in_a_fresh_interpreter():
@@ -157,15 +158,15 @@ with warnings.catch_warnings(record=True) as heard:
     from dreamllm_edu.generation import DreamLLM
     from dreamllm_edu.model import checked_tensors, mini
     from dreamllm_edu.tokenization import DreamLLMProcessor, Sequence
-    from dreamllm_edu.train import Steps, read_recipe
-    from dreamllm_edu.training import STAGES
+    from dreamllm_edu.train import read_recipe
+    from dreamllm_edu.training import set_trainable
     import dreamllm_edu.training.stage
     from dreamllm_edu.training import stage
     from dreamllm_edu.evaluation import load_judge
 said = [str(w.message) for w in heard if w.category is DeprecationWarning and 'dreamllm_edu' in str(w.message)]
 assert all(w.filename == '<string>' for w in heard if 'dreamllm_edu' in str(w.message)), 'it names the line that is to be changed'
 for old, new in (('model', 'models.dreamllm.model'), ('generation.DreamLLM', 'models.dreamllm.model.DreamLLM'), ('model.checked_tensors', 'files.read_tensors'),
-                 ('tokenization.Sequence', 'sequences.Sequence'), ('training.STAGES', 'training.stage.STAGES')):
+                 ('tokenization.Sequence', 'sequences.Sequence'), ('training.set_trainable', 'training.stage.set_trainable')):
     assert any(message.startswith(f'dreamllm_edu.{old} is now ') and f'dreamllm_edu.{new}' in message for message in said), (old, said)
 assert stage is dreamllm_edu.training.stage
 from dreamllm_edu.models.dreamllm.model import DreamLLM as new
