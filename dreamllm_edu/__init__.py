@@ -40,8 +40,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
 def __getattr__(name: str) -> object:
     """The public name `name`, loaded now and kept."""
     if name not in _MODULES:
-        raise AttributeError(f"module 'dreamllm_edu' has no attribute {name!r}; it exports {', '.join(__all__)}, and its "
-                             f"modules hold the rest", name=name)
+        raise AttributeError(f"module 'dreamllm_edu' has no attribute {name!r}; it exports {', '.join(__all__)}, "
+                             "and its modules hold the rest", name=name)
     value = getattr(_import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -7,6 +7,7 @@ registers its classes, and puts the original methods back. `AutoModel.from_pretr
 configuration object that is passed in exists only where the classes are registered already.
 
 If transformers is not imported yet, a finder on `sys.meta_path` waits for its two modules."""
+
 import functools
 import importlib
 import importlib.machinery
@@ -48,7 +49,10 @@ def register() -> None:
     try:
         importlib.import_module(MODEL)
     except Exception as error:  # another model must load all the same
-        warnings.warn(f"{MODEL} could not be imported ({type(error).__name__}: {error}); transformers will not know it", stacklevel=3)
+        warnings.warn(
+            f"{MODEL} could not be imported ({type(error).__name__}: {error}); transformers will not know it",
+            stacklevel=3,
+        )
     with _lock:
         while _wrapped:
             owner, method, original, stand_in = _wrapped.pop()
@@ -93,8 +97,9 @@ def prepare(module: ModuleType) -> None:
 class Finder:
     """Waits on `sys.meta_path` for the modules of transformers that hold the auto classes."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None,
-                  target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name not in METHODS:
             return None
         spec = real_spec(self, name, path, target)

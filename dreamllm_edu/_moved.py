@@ -2,6 +2,7 @@
 
 `import dreamllm_edu.model` gives a module that holds nothing. A name is looked up in the modules that the old one was
 divided into, when it is used; nothing is imported before."""
+
 import importlib
 import importlib.machinery
 import sys
@@ -28,17 +29,41 @@ DIVIDED = {  # these still exist, but some of their names lie elsewhere
     "data": ["files"],
     "documents": ["files"],
     "evaluation": ["evaluation.judge", "evaluation.metrics", "evaluation.suite", "evaluation.intervals", "pretraining"],
-    "train": ["app.train", "training.trainer", "training.batches", "training.features", "training.strategies", "training.checkpoint",
-              "training.ranks", "training.report", "training.recipe", "sequences", "models.dreamllm.layout",
-              "models.dreamllm.objective", "files", "data.readers"],
+    "train": [
+        "app.train",
+        "training.trainer",
+        "training.batches",
+        "training.features",
+        "training.strategies",
+        "training.checkpoint",
+        "training.ranks",
+        "training.report",
+        "training.recipe",
+        "sequences",
+        "models.dreamllm.layout",
+        "models.dreamllm.objective",
+        "files",
+        "data.readers",
+    ],
     "training": ["training.fit", "training.stage", "training.mixture", "models.dreamllm.layout"],
 }
 RENAMED = {
-    "written_aside": "atomic_write", "write_file": "write_bytes", "let_others_read": "apply_umask", "checked_tensors": "read_tensors",
-    "weights_sum": "weights_checksum", "parts_mark": "frozen_checksum", "check_parts": "check_frozen_parts",
-    "measure_strangers": "measure_out_of_distribution", "to_unit": "to_unit_range", "everybodys": "all_gather",
-    "wishes": "sample_prompts", "jiggle": "augment", "erase": "random_erase", "agree": "all_reduce",
-    "pick": "sample_tokens", "tell": "stream_text",
+    "written_aside": "atomic_write",
+    "write_file": "write_bytes",
+    "let_others_read": "apply_umask",
+    "checked_tensors": "read_tensors",
+    "weights_sum": "weights_checksum",
+    "parts_mark": "frozen_checksum",
+    "check_parts": "check_frozen_parts",
+    "measure_strangers": "measure_out_of_distribution",
+    "to_unit": "to_unit_range",
+    "everybodys": "all_gather",
+    "wishes": "sample_prompts",
+    "jiggle": "augment",
+    "erase": "random_erase",
+    "agree": "all_reduce",
+    "pick": "sample_tokens",
+    "tell": "stream_text",
 }
 PACKAGE = __name__.rpartition(".")[0]
 
@@ -57,11 +82,16 @@ def new_modules(places: list[str]) -> list[ModuleType]:
 
 def attribute_of(old: str, places: list[str]) -> Callable[[str], object]:
     """A module's `__getattr__`: looks a name up in the new modules and warns. `old`: the module's full name."""
+
     def __getattr__(name: str) -> object:
         missing = AttributeError(f"module {old!r} has no attribute {name!r}", name=name)
         if name == "__all__" and old.removeprefix(f"{PACKAGE}.") in MOVED:
             return sorted({name for module in new_modules(places) for name in getattr(module, "__all__", ())})
-        if name.startswith("__") or f"{old}.{name}" in sys.modules or f"{old}.{name}".removeprefix(f"{PACKAGE}.") in places:
+        if (
+            name.startswith("__")
+            or f"{old}.{name}" in sys.modules
+            or f"{old}.{name}".removeprefix(f"{PACKAGE}.") in places
+        ):
             raise missing  # a submodule, which the import system finds by itself
         for module in new_modules(places):
             for known in (name, RENAMED.get(name, name)):
@@ -72,12 +102,19 @@ def attribute_of(old: str, places: list[str]) -> Callable[[str], object]:
                     warnings.warn(f"{old}.{name} is now {home.__name__}.{known}", DeprecationWarning, stacklevel=2)
                     return value
         raise missing
+
     return __getattr__
 
 
-def real_spec(own: object, name: str, path: Sequence[str] | None, target: ModuleType | None) -> importlib.machinery.ModuleSpec | None:
+def real_spec(
+    own: object, name: str, path: Sequence[str] | None, target: ModuleType | None
+) -> importlib.machinery.ModuleSpec | None:
     """What the other finders find. `own`: the finder that asks."""
-    others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not own and hasattr(finder, "find_spec"))
+    others = (
+        finder.find_spec(name, path, target)
+        for finder in sys.meta_path
+        if finder is not own and hasattr(finder, "find_spec")
+    )
     return next((spec for spec in others if spec is not None), None)
 
 
@@ -90,6 +127,7 @@ def run_after(loader: object, action: Callable[[ModuleType], None]) -> None:
     def exec_module(module: ModuleType) -> None:
         load(module)
         action(module)
+
     try:
         loader.exec_module = exec_module
     except AttributeError:
@@ -105,8 +143,9 @@ def forward(module: ModuleType) -> None:
 class Finder:
     """Finds the old module names where there is no such module any more, and forwards for those that were divided."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None,
-                  target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         package, _, last = name.rpartition(".")
         if package != PACKAGE or last not in MOVED and last not in DIVIDED:
             return None
@@ -131,7 +170,9 @@ class Finder:
         """What `python -m dreamllm_edu.cli` runs."""
         places = MOVED[name.rpartition(".")[2]]
         if places != ["app.cli"]:
-            raise ImportError(f"{name} is now {PACKAGE}.{places[0]} and is no command; the command is python -m {PACKAGE}")
+            raise ImportError(
+                f"{name} is now {PACKAGE}.{places[0]} and is no command; the command is python -m {PACKAGE}"
+            )
         return compile(f"import sys\nfrom {PACKAGE}.app.cli import main\nsys.exit(main())", f"<{name}>", "exec")
 
 

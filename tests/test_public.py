@@ -1,4 +1,5 @@
 """What a user meets first: `import dreamllm_edu`, its names, the auto classes of transformers, the names of version 0.1.0."""
+
 import json
 import os
 import subprocess
@@ -18,13 +19,20 @@ NAMES = ["DreamLLM", "DreamLLMConfig", "DreamLLMProcessor", "DreamLLMPipeline", 
 
 def fresh(code, cwd=None, options=(), check=True):
     """The standard output of `code` in an interpreter of its own."""
-    run = subprocess.run([sys.executable, *options, "-c", code], cwd=cwd or ROOT, capture_output=True, text=True, timeout=300,
-                         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        cwd=cwd or ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0 or not check, run.stderr[-2000:]
     return run.stdout.strip() if check else run
 
 
 # ---------------------------------------------------------------- import dreamllm_edu
+
 
 def test_the_import_is_fast_and_loads_no_library():
     code = """
@@ -44,20 +52,24 @@ print(took, busy)
 
 def test_public_names_in_a_fresh_interpreter():
     code = f"""
-from dreamllm_edu import {', '.join(NAMES)}
-print([thing.__name__ for thing in ({', '.join(NAMES)})])
+from dreamllm_edu import {", ".join(NAMES)}
+print([thing.__name__ for thing in ({", ".join(NAMES)})])
 assert all(hasattr(DreamLLM, name) for name in ('generate', 'from_official', 'from_pretrained')) and DreamLLM.__doc__
 """
     assert fresh(code) == str(NAMES)
 
 
 def test_documents_need_no_torch():
-    assert fresh("from dreamllm_edu import Document, Dream; import sys; print('transformers' in sys.modules, Document(['a', Dream()]).text)").startswith("False a")
+    assert fresh(
+        "from dreamllm_edu import Document, Dream; import sys; print('transformers' in sys.modules, Document(['a', Dream()]).text)"
+    ).startswith("False a")
 
 
 def test_names_are_listed_and_others_refused():
     assert set(NAMES) < set(dreamllm_edu.__all__) <= set(dir(dreamllm_edu)) and dreamllm_edu.__version__ == "0.1.0"
-    with pytest.raises(AttributeError, match="module 'dreamllm_edu' has no attribute 'DreamLM'; it exports Document, .*DreamLLM"):
+    with pytest.raises(
+        AttributeError, match="module 'dreamllm_edu' has no attribute 'DreamLM'; it exports Document, .*DreamLLM"
+    ):
         dreamllm_edu.DreamLM
     with pytest.raises(ImportError):
         exec("from dreamllm_edu import Nothing")
@@ -65,6 +77,7 @@ def test_names_are_listed_and_others_refused():
 
 def test_every_public_name_has_a_module_and_a_real_import_for_editors():
     import ast
+
     tree = ast.parse((ROOT / "dreamllm_edu/__init__.py").read_text(encoding="utf8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     typed = {alias.name: node.module for node in block.body for alias in node.names}
@@ -73,10 +86,12 @@ def test_every_public_name_has_a_module_and_a_real_import_for_editors():
 
 # ---------------------------------------------------------------- the auto classes of transformers
 
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a tiny model and the miniature's processor."""
     from dreamllm_edu.models.dreamllm.weights import mini_processor
+
     folder = tmp_path_factory.mktemp("public") / "tiny"
     make_tiny().save_pretrained(folder)
     mini_processor().save_pretrained(folder)
@@ -86,10 +101,15 @@ def saved(tmp_path_factory):
     return folder
 
 
-CALLS = {"AutoConfig.from_pretrained(folder)": "DreamLLMConfig", "AutoModel.from_pretrained(folder)": "DreamLLM",
-         "AutoModelForImageTextToText.from_pretrained(folder)": "DreamLLM", "AutoProcessor.from_pretrained(folder)": "DreamLLMProcessor",
-         "AutoModel.from_config(AutoConfig.from_pretrained(folder))": "DreamLLM", "AutoConfig.for_model('dreamllm_edu')": "DreamLLMConfig",
-         "AutoConfig.from_pretrained(folder + '/config.json')": "DreamLLMConfig"}
+CALLS = {
+    "AutoConfig.from_pretrained(folder)": "DreamLLMConfig",
+    "AutoModel.from_pretrained(folder)": "DreamLLM",
+    "AutoModelForImageTextToText.from_pretrained(folder)": "DreamLLM",
+    "AutoProcessor.from_pretrained(folder)": "DreamLLMProcessor",
+    "AutoModel.from_config(AutoConfig.from_pretrained(folder))": "DreamLLM",
+    "AutoConfig.for_model('dreamllm_edu')": "DreamLLMConfig",
+    "AutoConfig.from_pretrained(folder + '/config.json')": "DreamLLMConfig",
+}
 AUTO = """
 import os, sys
 {imports}
@@ -110,9 +130,15 @@ for call in {calls!r}:
 """
 
 
-@pytest.mark.parametrize("imports", ["import dreamllm_edu", "import transformers; transformers.AutoConfig; import dreamllm_edu"], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "imports",
+    ["import dreamllm_edu", "import transformers; transformers.AutoConfig; import dreamllm_edu"],
+    ids=["before", "after"],
+)
 def test_auto_classes_know_the_model(imports, saved):
-    assert fresh(AUTO.format(imports=imports, folder=str(saved), calls=list(CALLS))).splitlines() == [f"{call} {kind}" for call, kind in CALLS.items()]
+    assert fresh(AUTO.format(imports=imports, folder=str(saved), calls=list(CALLS))).splitlines() == [
+        f"{call} {kind}" for call, kind in CALLS.items()
+    ]
 
 
 def test_threads_ask_at_once(saved):
@@ -147,6 +173,7 @@ print('fine')
 
 # ---------------------------------------------------------------- the names of version 0.1.0
 
+
 def test_old_modules_work_and_name_the_new_place():
     code = """
 import sys, warnings
@@ -179,25 +206,55 @@ except AttributeError as error:
     assert fresh(code) == "module 'dreamllm_edu.model' has no attribute 'nothing'"
 
 
-@pytest.mark.parametrize("old", ["model", "generation", "tokenization", "cli", "corpora", "demo", "diffusion", "language", "losses", "official",
-                                 "planner", "queries", "vision"])
+@pytest.mark.parametrize(
+    "old",
+    [
+        "model",
+        "generation",
+        "tokenization",
+        "cli",
+        "corpora",
+        "demo",
+        "diffusion",
+        "language",
+        "losses",
+        "official",
+        "planner",
+        "queries",
+        "vision",
+    ],
+)
 def test_every_old_module_leads_to_modules_that_exist(old):
     from dreamllm_edu import _moved
+
     for place in _moved.MOVED[old]:
         path = ROOT / "dreamllm_edu" / place.replace(".", "/")
         assert path.with_suffix(".py").exists() or path.is_dir(), f"{old} leads to {place}, which is not there"
 
 
 def test_the_old_command_runs():
-    run = subprocess.run([sys.executable, "-m", "dreamllm_edu.cli", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=200,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = subprocess.run(
+        [sys.executable, "-m", "dreamllm_edu.cli", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert run.returncode == 0 and "generate" in run.stdout, run.stderr
-    run = subprocess.run([sys.executable, "-m", "dreamllm_edu.model"], cwd=ROOT, capture_output=True, text=True, timeout=200,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = subprocess.run(
+        [sys.executable, "-m", "dreamllm_edu.model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert run.returncode == 1 and "is no command" in run.stderr
 
 
 # ---------------------------------------------------------------- the pipeline
+
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -207,10 +264,30 @@ def pipe():
 def test_the_pipeline_is_generate_in_the_manner_of_diffusers(pipe):
     prompt = Document(["red apple in Noto style:", Dream()])
     made = pipe(prompt, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(1))
-    plain = pipe.model.generate(prompt, pipe.processor, max_new_tokens=0, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(1))
-    assert made.documents == [plain] and made.images == plain.pictures and made[1] == made.images and made.to_tuple() == (made.documents, made.images)
-    documents, images = pipe(["red apple in Noto style:"], num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(1), return_dict=False)
-    assert images == made.images and documents[0].parts[0] == "red apple in Noto style:", "a string is a prompt for one picture"
+    plain = pipe.model.generate(
+        prompt,
+        pipe.processor,
+        max_new_tokens=0,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert (
+        made.documents == [plain]
+        and made.images == plain.pictures
+        and made[1] == made.images
+        and made.to_tuple() == (made.documents, made.images)
+    )
+    documents, images = pipe(
+        ["red apple in Noto style:"],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(1),
+        return_dict=False,
+    )
+    assert images == made.images and documents[0].parts[0] == "red apple in Noto style:", (
+        "a string is a prompt for one picture"
+    )
 
 
 def test_only_drawn_pictures_are_images_of_the_output(pipe):
@@ -236,7 +313,11 @@ def test_the_pipeline_is_saved_moved_and_taken_apart(tmp_path, processor):
 
 def test_the_processor_of_the_miniature_has_its_name(tmp_path):
     mini = DreamLLMProcessor.from_pretrained("mini")
-    assert type(mini) is DreamLLMProcessor and mini.num_queries == 8 and DreamLLMProcessor.from_pretrained("mini", max_length=64).max_length == 64
+    assert (
+        type(mini) is DreamLLMProcessor
+        and mini.num_queries == 8
+        and DreamLLMProcessor.from_pretrained("mini", max_length=64).max_length == 64
+    )
     mini.save_pretrained(tmp_path)
     assert DreamLLMProcessor.from_pretrained(tmp_path).tokenizer.get_vocab() == mini.tokenizer.get_vocab()
     with pytest.raises(ValueError, match="'mini' takes no revisions"):
