@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoModel
 
 from dreamllm_edu.documents.document import Document, Dream
 from dreamllm_edu.documents.pictures import picture_tensor
@@ -19,6 +20,7 @@ from dreamllm_edu.models.dreamllm.model import DreamLLM
 from dreamllm_edu.models.dreamllm.official import (
     QUIRKS,
     ControlledUNet,
+    OfficialDreamLLM,
     conversation_row,
     interleaved_document,
     interleaved_row,
@@ -947,6 +949,23 @@ print(type(model.generate(Document(['a cat']), processor, max_new_tokens=1, max_
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "Document", done.stderr[-500:]
-    assert (tmp_path / "out/model.safetensors").exists() and (tmp_path / "out/tokenizer.model").read_text() == "mine", (
-        "what lay there stays"
-    )
+    assert (tmp_path / "out/model.safetensors").exists() and (tmp_path / "out/tokenizer.model").read_text() == "mine", "what lay there stays"
+
+
+def test_the_official_behaviour_is_a_class_of_its_own(tmp_path):
+    """No branch on `compat` is left in `DreamLLM`; the class says what it computes, also after saving."""
+    theirs = official(compat="official")
+    assert type(theirs) is OfficialDreamLLM and theirs.config.compat == "official" and type(official()) is DreamLLM
+    assert type(OfficialDreamLLM.from_official(GOLDEN / "checkpoint", base=GOLDEN)) is OfficialDreamLLM
+    with pytest.raises(ValueError, match="is an OfficialDreamLLM: make it with DreamLLM.from_official"):
+        DreamLLM(theirs.config)
+    with pytest.raises(ValueError, match="OfficialDreamLLM is made for 'official'"):
+        OfficialDreamLLM(official().config)
+    theirs.save_pretrained(tmp_path / "saved")
+    for loaded in (DreamLLM.from_pretrained(tmp_path / "saved"), AutoModel.from_pretrained(tmp_path / "saved")):
+        assert type(loaded) is OfficialDreamLLM
+        same(loaded, theirs)
+    with torch.no_grad():
+        assert loaded(**batch()).image_loss is None, "quirk 16"
+    source = "".join((Path(module.__file__)).read_text() for module in (sys.modules[DreamLLM.__module__], sys.modules[DreamLLM.generate.__module__]))
+    assert "== \"official\"" not in source

@@ -4,9 +4,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .config import DreamLLMConfig
 from .model import DreamLLM
 from .processor import DreamLLMProcessor
-from . import generation, official, weights  # noqa: F401  each adds methods to the classes
+from . import generation, weights  # noqa: F401  each adds methods to the classes
+from .official import OfficialDreamLLM
+from .pipeline import DreamLLMPipeline
 
-AutoConfig.register(DreamLLMConfig.model_type, DreamLLMConfig)
-AutoModel.register(DreamLLMConfig, DreamLLM)
-AutoModelForImageTextToText.register(DreamLLMConfig, DreamLLM)
-AutoProcessor.register(DreamLLMConfig, DreamLLMProcessor)
+__all__ = ["DreamLLM", "DreamLLMConfig", "DreamLLMPipeline", "DreamLLMProcessor", "OfficialDreamLLM"]
+
+AutoConfig.register(DreamLLMConfig.model_type, DreamLLMConfig, exist_ok=True)
+AutoModel.register(DreamLLMConfig, DreamLLM, exist_ok=True)
+AutoModelForImageTextToText.register(DreamLLMConfig, DreamLLM, exist_ok=True)
+AutoProcessor.register(DreamLLMConfig, DreamLLMProcessor, exist_ok=True)

@@ -12,32 +12,53 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 class DreamLLMConfig(PreTrainedConfig):
     """Sizes of every part, and the loss.
 
-    `text_config`: Llama; `vision_config`: CLIP's vision tower; `unet_config`, `vae_config`, `scheduler_config`: diffusers' own.
-    `prediction_type` overrides the scheduler's; `snr_gamma`, `noise_offset`, `input_perturbation`,
-    `timestep_exponent` (see `draw_timesteps`): options of the denoising loss, off by default.
-    `compat="official"`: where the official code has a bug, do as it does (the table of quirks in notebook 15)."""
+    `text_config`: Llama; `vision_config`: CLIP's vision tower; `unet_config`, `vae_config`,
+    `scheduler_config`: diffusers' own. `num_queries`: Q; `vision_layer`: the CLIP layer that is
+    read; `..._id`: token ids that mark slots. `prediction_type` overrides the scheduler's;
+    `snr_gamma`, `noise_offset`, `input_perturbation`, `timestep_exponent` (see `draw_timesteps`):
+    options of the denoising loss, off by default. `compat="official"` is the configuration of an
+    `OfficialDreamLLM` (notebook 15). `ValueError` for numbers out of range."""
     model_type = "dreamllm_edu"
     sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
 
-    def __init__(self, text_config=None, vision_config=None, unet_config=None, vae_config=None, scheduler_config=None, num_queries=8,
-                 vision_layer=-2, dream_start_id=3, image_start_id=6, query_token_id=4, lm_loss_weight=1.0, image_loss_weight=10.0, condition_dropout=0.1,
-                 prediction_type=None, snr_gamma=None, noise_offset=0.0, input_perturbation=0.0, timestep_exponent=1.0, compat=None, **kwargs):
-        self.text_config = LlamaConfig(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
-        self.vision_config = CLIPVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config or CLIPVisionConfig()
-        self.unet_config, self.vae_config, self.scheduler_config = unet_config or {}, vae_config or {}, scheduler_config or {}
+    def __init__(self, text_config: LlamaConfig | dict | None = None,
+                 vision_config: CLIPVisionConfig | dict | None = None,
+                 unet_config: dict | None = None, vae_config: dict | None = None,
+                 scheduler_config: dict | None = None, num_queries: int = 8, vision_layer: int = -2,
+                 dream_start_id: int = 3, image_start_id: int = 6, query_token_id: int = 4,
+                 lm_loss_weight: float = 1.0, image_loss_weight: float = 10.0,
+                 condition_dropout: float = 0.1, prediction_type: str | None = None,
+                 snr_gamma: float | None = None, noise_offset: float = 0.0,
+                 input_perturbation: float = 0.0, timestep_exponent: float = 1.0,
+                 compat: str | None = None, **kwargs):
+        self.text_config, self.vision_config = (
+            kind(**given) if isinstance(given, dict) else given or kind()
+            for kind, given in ((LlamaConfig, text_config), (CLIPVisionConfig, vision_config)))
+        self.unet_config, self.vae_config, self.scheduler_config = (
+            unet_config or {},
+            vae_config or {},
+            scheduler_config or {},
+        )
         if prediction_type is not None:
             self.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
-        self.snr_gamma, self.noise_offset, self.input_perturbation = snr_gamma, noise_offset, input_perturbation
-        self.timestep_exponent, self.compat = timestep_exponent, compat
         self.num_queries, self.vision_layer = num_queries, vision_layer
         self.dream_start_id, self.image_start_id, self.query_token_id = dream_start_id, image_start_id, query_token_id
-        self.lm_loss_weight, self.image_loss_weight, self.condition_dropout = lm_loss_weight, image_loss_weight, condition_dropout
+        self.lm_loss_weight, self.image_loss_weight, self.condition_dropout = (
+            lm_loss_weight,
+            image_loss_weight,
+            condition_dropout,
+        )
+        self.snr_gamma, self.noise_offset, self.input_perturbation = snr_gamma, noise_offset, input_perturbation
+        self.timestep_exponent, self.compat = timestep_exponent, compat
         if num_queries < 1 or not 0 <= condition_dropout <= 1:
-            raise ValueError(f"num_queries={num_queries} must be positive and condition_dropout={condition_dropout} between 0 and 1")
+            raise ValueError(
+                f"num_queries={num_queries} must be positive and condition_dropout={condition_dropout} between 0 and 1"
+            )
         if compat not in (None, "official") or snr_gamma is not None and snr_gamma <= 0:
             raise ValueError(f"compat={compat!r} must be None or 'official', snr_gamma={snr_gamma} None or positive")
         super().__init__(**{"tie_word_embeddings": self.text_config.tie_word_embeddings, **kwargs})
 
     @property
-    def num_patches(self):
+    def num_patches(self) -> int:
+        """N, the image tokens of a picture."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2

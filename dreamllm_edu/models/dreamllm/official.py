@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLUGINS', 'TOKEN_NAMES', 'VICUNA', 'QUIRKS', 'renamed', 'read_file', 'read_language', 'official_tensors',
-           'base_folder', 'plugin_options', 'special_ids', 'loss_weights', 'official_config', 'official_tokenizer',
-           'query_states', 'layout_row', 'text_to_image', 'interleaved_document', 'blocks_of', 'close_row',
-           'interleaved_row', 'pair_row', 'picture_pair_row', 'conversation_row', 'replace_blocks', 'paper_config',
-           'parameters_of', 'ControlledUNet']
+           'base_folder', 'plugin_options', 'special_ids', 'loss_weights', 'official_config', 'OfficialDreamLLM',
+           'official_tokenizer', 'query_states', 'layout_row', 'text_to_image', 'interleaved_document', 'blocks_of',
+           'close_row', 'interleaved_row', 'pair_row', 'picture_pair_row', 'ConversationBuilder', 'conversation_row',
+           'replace_blocks', 'paper_config', 'parameters_of', 'ControlledUNet']
 
 # %% ../../../nbs/15_official.ipynb #0e91a16b
 import json
@@ -15,19 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import ControlNetModel, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from fastcore.basics import patch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ...documents.document import Document
 from ...files import read_json, write_folder
 from .config import DreamLLMConfig
+from .layout import SlotLayout
 from .model import DreamLLM
 from .processor import DreamLLMProcessor
+from ...parts.denoising import min_snr_weights
 from ...parts.diffusion import sample_latents
 from ...parts.loading import quiet
 from ...sequences import Sequence, collate
@@ -42,24 +45,34 @@ PLUGINS = {  # official prefix in one common file -> (its own file, {prefix in t
 }
 
 
-def renamed(name, prefixes):
+def renamed(name: str, prefixes: dict[str, str]) -> str | None:
     """`name` with the first fitting prefix exchanged; `None` if none fits."""
     return next((new + name[len(old):] for old, new in prefixes.items() if name.startswith(old)), None)
 
 # %% ../../../nbs/15_official.ipynb #ee7e41cb
-def read_file(path):
-    """The tensors of one safetensors or `.bin` file. A `.bin` is a pickle, which could run code: it is opened with `weights_only=True`."""
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors or `.bin` file; `ValueError` for a missing, damaged or
+    suspicious one. A `.bin` is a pickle, which could run code: it is opened with
+    `weights_only=True`."""
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; give the folder of a DreamLLM checkpoint with all its parts") from error
+        raise ValueError(
+            f"{path}: no such file; give the folder of a DreamLLM checkpoint with all its parts"
+        ) from error
     except (SafetensorError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged or cut off; fetch it again") from error
     except Exception as error:  # UnpicklingError: anything but tensors in it
-        raise ValueError(f"{path}: holds more than tensors and was not opened; do not trust it ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path}: holds more than tensors and was not opened; do not trust it ({type(error).__name__})"
+        ) from error
 
 
-def read_language(folder):
+def read_language(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of `model.safetensors` or `pytorch_model.bin`, in one file or in shards."""
     for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{end}.index.json"
@@ -68,128 +81,236 @@ def read_language(folder):
             return {name: tensor for file in files for name, tensor in read_file(folder / Path(file).name).items()}
         if (folder / f"{stem}.{end}").exists():
             return read_file(folder / f"{stem}.{end}")
-    raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin; give the folder of a DreamLLM checkpoint")
+    raise ValueError(
+        f"{folder}: neither model.safetensors nor pytorch_model.bin; give the folder of a DreamLLM checkpoint"
+    )
 
 # %% ../../../nbs/15_official.ipynb #f0cd269f
-def official_tensors(folder):
-    """Every tensor of a checkpoint under our names. Raises `ValueError` for a missing plugin, and for a tensor that has no place here."""
-    found, unknown = {}, []
+def official_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint under our names. Raises `ValueError` for a missing plugin, and
+    for a tensor that has no place here."""
+    tensors, unknown = {}, []
     common = read_language(folder)
     for prefix, (file, prefixes) in PLUGINS.items():
         inside = {name[len(prefix):]: common.pop(name) for name in list(common) if name.startswith(prefix)}
-        tensors = inside or read_file(folder / file)
-        for name, tensor in tensors.items():
+        for name, tensor in (inside or read_file(folder / file)).items():
             place = renamed(name, prefixes)
             if place is None:
                 unknown.append(f"{file}: {name}")
             elif not name.endswith("position_ids"):  # numbers 0, 1, 2 ... that older files keep
-                found[place] = tensor[0] if place == "dream_queries.weight" and tensor.dim() == 3 else tensor
-    found |= {f"language_model.{name}": tensor for name, tensor in common.items() if not name.endswith("rotary_emb.inv_freq")}
+                tensors[place] = tensor[0] if place == "dream_queries.weight" and tensor.dim() == 3 else tensor
+    tensors |= {
+        f"language_model.{name}": tensor
+        for name, tensor in common.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
     if unknown:
-        raise ValueError(f"{folder}: {len(unknown)} tensors have no place in DreamLLM, such as {unknown[0]}; is it another model?")
-    return found
+        raise ValueError(
+            f"{folder}: {len(unknown)} tensors have no place in DreamLLM, such as {unknown[0]}; is it another model?"
+        )
+    return tensors
 
 # %% ../../../nbs/15_official.ipynb #7a9505c5
-def base_folder(name, base, what):
-    """Where a part lies that the checkpoint names: below one of the folders `base`, with or without its owner's name, or at that very path."""
+def base_folder(name: str, base: list[Path | str], what: str) -> Path:
+    """Where a part lies that the checkpoint names: below one of the folders `base`, with or without
+    its owner's name, or at that very path."""
     places = [Path(folder) / tail for folder in base for tail in (name, Path(name).name)] + [Path(name)]
     for place in places:
         if place.is_dir():
             return place
-    raise ValueError(f"{what}: {name!r} is not on this disk; fetch it and say with base=FOLDER where it lies (looked at {', '.join(map(str, places))})")
+    raise ValueError(f"{what}: {name!r} is not on this disk; fetch it and say with base=FOLDER where it lies "
+                     f"(looked at {', '.join(map(str, places))})")
 
 
-def plugin_options(raw, folder):
-    """The three plugins' options, with the official defaults; `ValueError` for those that this project does not have."""
+def plugin_options(raw: dict, folder: Path) -> tuple[dict, dict, dict]:
+    """The three plugins' options, with the official defaults; `ValueError` for those that this
+    project does not have."""
     try:
-        clip, queries, head = (raw["plugins_init_kwargs"][name] for name in ("clip_vision_embedding", "dream_embedding", "stable_diffusion_head"))
+        clip, queries, head = (
+            raw["plugins_init_kwargs"][name]
+            for name in ("clip_vision_embedding", "dream_embedding", "stable_diffusion_head")
+        )
     except KeyError as error:
-        raise ValueError(f"{folder}: config.json lacks plugins_init_kwargs of {error}; fetch the checkpoint again") from error
+        raise ValueError(
+            f"{folder}: config.json lacks plugins_init_kwargs of {error}; fetch the checkpoint again"
+        ) from error
     for plugin in (clip, head):
         kind, depth = plugin.get("projector_type", "linear"), plugin.get("projector_depth", 1)
         if kind != "linear" or depth != 1 or plugin.get("use_additional_post_layernorm"):
-            raise ValueError(f"{folder}: a projector of type {kind!r} and depth {depth}, or a further layer norm: only single linear projectors are "
+            raise ValueError(f"{folder}: a projector of type {kind!r} and depth {depth}, or a "
+                             "further layer norm: only single linear projectors are "
                              "supported, as in every released checkpoint")
     return {"select_layer": -2, **clip}, {"num_dream_queries": 64, **queries}, {"resolution": 512, **head}
 
 # %% ../../../nbs/15_official.ipynb #23b158c3
-def special_ids(raw, folder):
-    """Ids of the special tokens: from config.json, else from the tokenizer's added_tokens.json; never by order (quirk 26)."""
+def special_ids(raw: dict, folder: Path) -> dict[str, int]:
+    """Ids of the special tokens: from config.json, else from the tokenizer's added_tokens.json;
+    never by order (quirk 26)."""
     ids = raw.get("special_tokens2ids_dict", {}).get("additional_special_tokens")
     if ids is None and (folder / "added_tokens.json").exists():
         ids = read_json(folder / "added_tokens.json")
     missing = [t for t in ("<dream_start>", "<im_start>", "<im_patch>") if t not in (ids or {})]
     if missing:
-        raise ValueError(f"{folder}: no id of {missing} in config.json or added_tokens.json; fetch the checkpoint again")
+        raise ValueError(
+            f"{folder}: no id of {missing} in config.json or added_tokens.json; fetch the checkpoint again"
+        )
     if max(ids.values()) >= raw["vocab_size"]:
-        raise ValueError(f"{folder}: vocabulary of {raw['vocab_size']}, but a special token has id {max(ids.values())}; config.json and weights do not fit")
+        raise ValueError(f"{folder}: vocabulary of {raw['vocab_size']}, but a special token has id "
+                         f"{max(ids.values())}; "
+                         "config.json and weights do not fit")
     return ids
 
 
-def loss_weights(raw):
-    """Weights of words and pictures, divided as `loss_scale_schedule` says: by their sum (`l1_norm`), by their length (`l2_norm`), or not."""
+def loss_weights(raw: dict) -> dict[str, float]:
+    """Weights of words and pictures, divided as `loss_scale_schedule` says: by their sum
+    (`l1_norm`), by their length (`l2_norm`), or not."""
     lm, vm = raw.get("loss_weight_lm", 1.0), raw.get("loss_weight_vm", 10.0)
     scale = {"l1_norm": lm + vm, "l2_norm": (lm * lm + vm * vm) ** 0.5}.get(raw.get("loss_scale_schedule"), 1.0)
     return {"lm_loss_weight": lm / scale, "image_loss_weight": vm / scale}
 
 # %% ../../../nbs/15_official.ipynb #f6afc736
-def official_config(folder, base=None, **overrides):
-    """`DreamLLMConfig` of an official checkpoint; `overrides`: fields of it. No condition dropout unless asked: no official configuration sets it.
+def official_config(folder: Path | str, base: Path | str | None = None, **overrides) -> DreamLLMConfig:
+    """`DreamLLMConfig` of an official checkpoint; `overrides`: fields of it. No condition dropout
+    unless asked: no official configuration sets it.
 
-    `base`: where CLIP and Stable Diffusion lie; without it, in the checkpoint's folder or beside it."""
+    `base`: where CLIP and Stable Diffusion lie; without it, in the checkpoint's folder or beside
+    it."""
     folder = Path(folder)
     raw, bases = read_json(folder / "config.json"), [base] if base else [folder, folder.parent]
     if raw.get("model_type") != "dreamllm":
-        raise ValueError(f"{folder}: a model of type {raw.get('model_type')!r}, not 'dreamllm'; make one from parts with assemble()")
+        raise ValueError(
+            f"{folder}: a model of type {raw.get('model_type')!r}, not 'dreamllm'; make one from parts with assemble()"
+        )
     (clip, queries, head), ids = plugin_options(raw, folder), special_ids(raw, folder)
     diffusion = base_folder(head["diffusion_name_or_path"], bases, "Stable Diffusion")
-    vision = CLIPVisionConfig.from_pretrained(base_folder(clip["clip_vision_model_name_or_path"], bases, "CLIP"), local_files_only=True)
+    vision = CLIPVisionConfig.from_pretrained(
+        base_folder(clip["clip_vision_model_name_or_path"], bases, "CLIP"), local_files_only=True
+    )
     text = LlamaConfig.from_dict({**raw, "model_type": "llama", "dtype": raw.get("torch_dtype", "float32")})
-    parts = {f"{part}_config": read_json(diffusion / part / f"{'scheduler_config' if part == 'scheduler' else 'config'}.json")
-             for part in ("unet", "vae", "scheduler")}
-    options = {name: head[name] for name in ("snr_gamma", "noise_offset", "input_perturbation") if head.get(name) is not None}
-    fields = {"num_queries": queries["num_dream_queries"], "vision_layer": clip["select_layer"], "dream_start_id": ids["<dream_start>"],
-              "image_start_id": ids["<im_start>"], "query_token_id": ids["<im_patch>"], "condition_dropout": head.get("drop_prob") or 0.0,
-              "official": raw, **loss_weights(raw), **options, **parts}
+    parts = {
+        f"{part}_config": read_json(
+            diffusion / part / f"{'scheduler_config' if part == 'scheduler' else 'config'}.json"
+        )
+        for part in ("unet", "vae", "scheduler")
+    }
+    options = {
+        name: head[name]
+        for name in ("snr_gamma", "noise_offset", "input_perturbation")
+        if head.get(name) is not None
+    }
+    fields = {
+        "num_queries": queries["num_dream_queries"],
+        "vision_layer": clip["select_layer"],
+        "dream_start_id": ids["<dream_start>"],
+        "image_start_id": ids["<im_start>"],
+        "query_token_id": ids["<im_patch>"],
+        "condition_dropout": head.get("drop_prob") or 0.0,
+        "official": raw,
+        **loss_weights(raw),
+        **options,
+        **parts,
+    }
     return DreamLLMConfig(text_config=text, vision_config=vision, **{**fields, **overrides})
+
+# %% ../../../nbs/15_official.ipynb #9f0bc161
+@patch
+def prompt_positions(self: DreamLLM, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] of a batch of prompts with the int64 mask [B, T]: they count real tokens
+    only."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+class OfficialDreamLLM(DreamLLM):
+    """A `DreamLLM` with the official code's bugs, for its very numbers;
+    `DreamLLM.from_official(folder, compat="official")`."""
+    compat = "official"
+
+    def uses_queries(self, latents: torch.Tensor | None) -> bool:
+        """Queries are spliced in only beside target pictures (quirk 15)."""
+        return latents is not None
+
+    def computes_image_loss(self) -> bool:
+        """No picture loss in evaluation (quirk 16)."""
+        return self.training
+
+    def null_embeddings(self) -> torch.Tensor:
+        """In training the slots of the empty prompt hold the patch token's own embedding, not the
+        queries (quirk 20)."""
+        if not self.training:
+            return super().null_embeddings()
+        config = self.config
+        ids = [config.text_config.bos_token_id, config.dream_start_id] + [config.query_token_id] * config.num_queries
+        return self.get_input_embeddings()(torch.tensor([ids], device=self.device))
+
+    def snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """Min-SNR for the velocity clips SNR + 1 (quirk 21)."""
+        gamma = self.config.snr_gamma
+        return None if gamma is None else min_snr_weights(self.scheduler, timesteps, gamma, compat="official")
+
+    def prompt_positions(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Positions count the padding, too (quirk 34)."""
+        return torch.arange(attention_mask.shape[1]).expand_as(attention_mask)
 
 # %% ../../../nbs/15_official.ipynb #333fb4da
 @patch(cls_method=True)
-def from_official(cls: DreamLLM, folder, base=None, **config):
-    """A `DreamLLM` from an official checkpoint's folder, offline.
+def from_official(cls: DreamLLM, folder: Path | str, base: Path | str | None = None, **config) -> DreamLLM:
+    """A model from an official checkpoint's folder, offline: a `DreamLLM`, or with
+    `compat="official"` an `OfficialDreamLLM`.
 
-    `base`: the folder below which the CLIP and the Stable Diffusion lie that `config.json` names. `config`: fields to override, such as
-    `snr_gamma=5.0` or `compat="official"`. Raises `ValueError` for a missing file, another model, tensors that do not fit."""
+    `base`: the folder below which the CLIP and the Stable Diffusion lie that `config.json` names.
+    `config`: fields to override, such as `snr_gamma=5.0`. Raises `ValueError` for a missing file,
+    another model, tensors that do not fit."""
     folder = Path(folder)
-    settings, state = official_config(folder, base, **config), official_tensors(folder)
+    settings = official_config(folder, base, **{"compat": cls.compat, **config})
+    state = official_tensors(folder)
     if settings.text_config.tie_word_embeddings:
         state.setdefault("language_model.lm_head.weight", state["language_model.model.embed_tokens.weight"])
-    model = cls(settings)
+    model = cls.variant(settings.compat)(settings)
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
     if wrong:
         what = "other shape" if not own.keys() ^ state.keys() else "missing or extra"
-        raise ValueError(f"{folder}: {len(wrong)} tensors are of {what}, such as {wrong[0]}; config.json and weights do not belong together")
+        raise ValueError(
+            f"{folder}: {len(wrong)} tensors are of {what}, such as {wrong[0]}; config.json and "
+            "weights do not belong together"
+        )
     model.load_state_dict(state)
-    model.config.official_dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in state.items() if t.dtype != torch.float32}
+    model.config.official_dtypes = {
+        name: str(t.dtype).removeprefix("torch.")
+        for name, t in state.items()
+        if t.dtype != torch.float32
+    }
     return model.eval()
 
-
+# %% ../../../nbs/15_official.ipynb #ae69e0ff
 @patch
-def save_official(self: DreamLLM, folder):
-    """Write an official checkpoint: what `from_official` and the official code read, bit for bit the tensors that were read, in the precision in which
-    they were stored. `ValueError` for a model that did not come from such a checkpoint. The tokenizer's files are not the model's: copy them."""
+def save_official(self: DreamLLM, folder: Path | str) -> None:
+    """Write an official checkpoint: what `from_official` and the official code read, bit for bit
+    the tensors that were read, in the precision in which they were stored. The tokenizer's files
+    are not the model's: copy them. `ValueError` for a model that did not come from such a
+    checkpoint."""
     raw, text = getattr(self.config, "official", None), self.config.text_config
     if raw is None or hasattr(self, "pooled_projector"):
         raise ValueError("only a model from from_official() has an official form; save this one with save_pretrained()")
     dtypes = {name: getattr(torch, kind) for name, kind in getattr(self.config, "official_dtypes", {}).items()}
     state = {name: t.to(dtypes.get(name, torch.float32)).contiguous().clone() for name, t in self.state_dict().items()}
-    language = {name.removeprefix("language_model."): t for name, t in state.items() if name.startswith("language_model.")}
+    language = {
+        name.removeprefix("language_model."): t
+        for name, t in state.items()
+        if name.startswith("language_model.")
+    }
     if text.tie_word_embeddings:
         del language["lm_head.weight"]
-    frequencies = 1.0 / (text.rope_parameters["rope_theta"] ** (torch.arange(0, text.head_dim, 2).float() / text.head_dim))
+    frequencies = 1.0 / (
+        text.rope_parameters["rope_theta"]
+        ** (torch.arange(0, text.head_dim, 2).float() / text.head_dim)
+    )
     frequencies = frequencies.to(language["model.norm.weight"].dtype)
-    language |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": frequencies.clone() for i in range(text.num_hidden_layers)}
+    language |= {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": frequencies.clone()
+        for i in range(text.num_hidden_layers)
+    }
+
     def write(aside):
         save_file(language, aside / "model.safetensors", metadata={"format": "pt"})
         for file, prefixes in PLUGINS.values():
@@ -199,89 +320,143 @@ def save_official(self: DreamLLM, folder):
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf8")
     write_folder(folder, write)
 
-
-
 # %% ../../../nbs/15_official.ipynb #e4ddb5fa
-TOKEN_NAMES = {"<pad>": "[PAD]", "<dream_query>": "<im_patch>", "<image_start>": "<im_start>", "<image_patch>": "<im_patch>", "<image_end>": "<im_end>"}
+TOKEN_NAMES = {
+    "<pad>": "[PAD]",
+    "<dream_query>": "<im_patch>",
+    "<image_start>": "<im_start>",
+    "<image_patch>": "<im_patch>",
+    "<image_end>": "<im_end>",
+}  # ours -> the official ones
 
 
-def official_tokenizer(folder):
-    """The checkpoint's Llama tokenizer with its legacy behaviour: every piece of text between special tokens begins with `▁`, also one that
-    begins with a space. Needs sentencepiece and protobuf: `pip install '.[official]'`."""
+def official_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The checkpoint's Llama tokenizer with its legacy behaviour: every piece of text between
+    special tokens begins with `▁`, also one that begins with a space. Needs sentencepiece and
+    protobuf: `pip install '.[official]'`."""
     from transformers import LlamaTokenizer
 
     try:
         with quiet():
             tokenizer = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
-        raise ValueError(f"{folder}: reading tokenizer.model needs sentencepiece and protobuf; pip install them") from error
+        raise ValueError(
+            f"{folder}: reading tokenizer.model needs sentencepiece and protobuf; pip install them"
+        ) from error
     except (OSError, TypeError) as error:
-        raise ValueError(f"{folder}: no Llama tokenizer there ({error}); give the checkpoint's folder") from error
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        raise ValueError(
+            f"{folder}: no Llama tokenizer there ({error}); give the checkpoint's folder"
+        ) from error
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.backend_tokenizer.pre_tokenizer = None
     return tokenizer
 
 
 @patch(cls_method=True, nm="from_official")
-def processor_from_official(cls: DreamLLMProcessor, folder, base=None):
-    """The processor of an official checkpoint: its tokenizer, CLIP's picture processor, the sizes of its slots. `base`: where CLIP lies."""
+def processor_from_official(cls: DreamLLMProcessor, folder: Path | str,
+                            base: Path | str | None = None) -> DreamLLMProcessor:
+    """The processor of an official checkpoint: its tokenizer, CLIP's picture processor, the sizes
+    of its slots. `base`: where CLIP lies."""
     folder = Path(folder)
     raw, bases = read_json(folder / "config.json"), [base] if base else [folder, folder.parent]
     clip, queries, head = plugin_options(raw, folder)
-    seen = base_folder(clip["clip_vision_model_name_or_path"], bases, "CLIP")
-    vision, tokenizer = CLIPVisionConfig.from_pretrained(seen, local_files_only=True), official_tokenizer(folder)
-    return cls(CLIPImageProcessorPil.from_pretrained(seen, local_files_only=True), tokenizer, num_queries=queries["num_dream_queries"],
-               num_patches=(vision.image_size // vision.patch_size) ** 2, max_length=min(tokenizer.model_max_length, raw["max_position_embeddings"]),
-               token_names=TOKEN_NAMES, target_size=head["resolution"])
+    vision_folder = base_folder(clip["clip_vision_model_name_or_path"], bases, "CLIP")
+    vision, tokenizer = (
+        CLIPVisionConfig.from_pretrained(vision_folder, local_files_only=True),
+        official_tokenizer(folder),
+    )
+    images = CLIPImageProcessorPil.from_pretrained(vision_folder, local_files_only=True)
+    return cls(
+        images,
+        tokenizer,
+        num_queries=queries["num_dream_queries"],
+        num_patches=(vision.image_size // vision.patch_size) ** 2,
+        max_length=min(tokenizer.model_max_length, raw["max_position_embeddings"]),
+        token_names=TOKEN_NAMES,
+        target_size=head["resolution"],
+    )
 
 
 
 # %% ../../../nbs/15_official.ipynb #afee05c0
 @torch.no_grad()
-def query_states(model, processor, documents, padding_side="right"):
-    """States of the language model at the dream queries after each prompt, before the condition projector: [B, Q, D].
+def query_states(model: DreamLLM, processor: DreamLLMProcessor, documents: list[Document],
+                 padding_side: str = "right") -> torch.Tensor:
+    """States of the language model at the dream queries after each prompt, before the condition
+    projector: [B, Q, D].
 
-    Positions count real tokens only; with `compat="official"` they count the padding too."""
+    Positions are the model's `prompt_positions`. `ValueError` for a prompt that is longer than the
+    context."""
     layout = processor.layout
     parts = [layout_row(layout, d) for d in documents]
     text = collate(parts, layout.id["<pad>"], padding_side)
     block = torch.tensor([layout.dream_block()]).expand(len(parts), -1)
     ids, mask = torch.cat([text["input_ids"], block], 1), torch.cat([text["attention_mask"], torch.ones_like(block)], 1)
-    positions = torch.arange(ids.shape[1]).expand_as(ids) if model.config.compat == "official" else (mask.cumsum(1) - 1).clamp(min=0)
+    positions = model.prompt_positions(mask)
     if ids.shape[1] > layout.max_length:
-        raise ValueError(f"{documents[0].name}: prompt and queries need {ids.shape[1]} tokens, the context holds {layout.max_length}; use shorter prompts")
+        raise ValueError(f"{documents[0].name}: prompt and queries need {ids.shape[1]} tokens, the "
+                         f"context holds {layout.max_length}; "
+                         "use shorter prompts")
     pictures = [p for row in parts for p in row.images]
     features = model.encode_images(processor.pixels(pictures)) if pictures else None
     ids, mask, positions = (x.to(model.device) for x in (ids, mask, positions))
-    states = model.language_model.model(inputs_embeds=model.embed(ids, features), attention_mask=mask, position_ids=positions, use_cache=False)
+    states = model.language_model.model(
+        inputs_embeds=model.embed(ids, features),
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+    )
     return states.last_hidden_state[:, -1 - model.config.num_queries:-1]
 
 
-def layout_row(layout, document):
+def layout_row(layout: SlotLayout, document: Document) -> Sequence:
     """A prompt's tokens: everything is given, nothing is learned, no `</s>`."""
     return layout.encode(document.parts, given=len(document.parts), add_eos=False, name=document.name, truncate=False)
 
 
 @torch.no_grad()
-def text_to_image(model, processor, prompts, negative_prompt="", guidance_scale=7.5, num_inference_steps=50, num_images_per_prompt=1,
-                  generator=None, noise=None, sampler=None, padding_side="right", **options):
-    """Latents [B, Z, h, w] as the official pipeline samples them, by default with DDPM. `prompts`: `Document`s; several pictures of one prompt
-    stand side by side (a, a, b, b)."""
+def text_to_image(model: DreamLLM, processor: DreamLLMProcessor, prompts: list[Document],
+                  negative_prompt: str = "", guidance_scale: float = 7.5,
+                  num_inference_steps: int = 50, num_images_per_prompt: int = 1,
+                  generator: torch.Generator | None = None, noise: torch.Tensor | None = None,
+                  sampler: SchedulerMixin | None = None, padding_side: str = "right",
+                  **options) -> torch.Tensor:
+    """Latents [B, Z, h, w] as the official pipeline samples them, by default with DDPM.
+
+    Several pictures of one prompt stand side by side (a, a, b, b). `noise` [B, Z, h, w] may be
+    given; `options`: those of `sample_latents`."""
     project = lambda documents: model.condition_projector(query_states(model, processor, documents, padding_side))
     condition = project(prompts).repeat_interleave(num_images_per_prompt, 0)
     null = project([Document([negative_prompt])])
     sampler = DDPMScheduler.from_config(model.scheduler.config) if sampler is None else sampler
     guidance = max(1.0, guidance_scale)  # as there: a scale below 1 does not guide
-    return sample_latents(model.unet, model.scheduler, condition, null, guidance, num_inference_steps, generator, noise, sampler,
-                          added=model.added_conditions, **options)
+    return sample_latents(
+        model.unet,
+        model.scheduler,
+        condition,
+        null,
+        guidance,
+        num_inference_steps,
+        generator,
+        noise,
+        sampler,
+        added=model.added_conditions,
+        **options,
+    )
 
 # %% ../../../nbs/15_official.ipynb #b99f4713
-def interleaved_document(texts, pictures, matched_text_index):
-    """MMC4's record as a `Document`: each picture comes after the text with its index; the texts before it are stripped and joined (quirk 8).
+def interleaved_document(texts: list[str], pictures: list[Image.Image], matched_text_index: list[int]) -> Document:
+    """MMC4's record as a `Document`: each picture comes after the text with its index; the texts
+    before it are stripped and joined (quirk 8).
 
     Raises `ValueError` if the indices do not ascend or name no text."""
     if len(pictures) != len(matched_text_index) or list(matched_text_index) != sorted(matched_text_index):
-        raise ValueError(f"{len(pictures)} pictures, matched to texts {list(matched_text_index)}: give one index a picture, ascending")
+        raise ValueError(
+            f"{len(pictures)} pictures, matched to texts {list(matched_text_index)}: give one index "
+            "a picture, ascending"
+        )
     if any(not 0 <= i < len(texts) for i in matched_text_index):
         raise ValueError(f"matched to texts {list(matched_text_index)}, but there are {len(texts)} texts")
     parts, start = [], 0
@@ -291,21 +466,30 @@ def interleaved_document(texts, pictures, matched_text_index):
     return Document([p for p in parts + [" ".join(t.strip() for t in texts[start:])] if p != ""])
 
 # %% ../../../nbs/15_official.ipynb #d95a9fc0
-def blocks_of(layout, creation, comprehension):
+def blocks_of(layout: SlotLayout, creation: bool, comprehension: bool) -> tuple[list[int], list[int]]:
     """Tokens and labels of a picture in an interleaved document: only `<dream_start>` is learned."""
     dream = layout.dream_block() if creation else []
     ids = dream + (layout.image_block() if comprehension else [])
     return ids, dream[:1] + [-100] * (len(ids) - len(dream[:1]))
 
 
-def close_row(layout, ids, labels, parts, creation=True, comprehension=True):
-    """`<s> ... </s>` around what was collected. The official labels keep `<s>`, which no position is ever asked to say."""
+def close_row(layout: SlotLayout, ids: list[int], labels: list[int], pictures: list[Image.Image], creation: bool = True,
+              comprehension: bool = True) -> Sequence:
+    """`<s> ... </s>` around what was collected. The official labels keep `<s>`, which no position
+    is ever asked to say."""
     begin, end = layout.id["<s>"], layout.id["</s>"]
-    return Sequence([begin, *ids, end], [begin, *labels, end], parts if comprehension else [], parts if creation else [])
+    return Sequence(
+        [begin, *ids, end],
+        [begin, *labels, end],
+        pictures if comprehension else [],
+        pictures if creation else [],
+    )
 
 
-def interleaved_row(layout, document, creation=True, comprehension=True):
-    """An interleaved document by the official rule (quirks 2, 3, 10): it ends before the first text or picture that does not fit whole."""
+def interleaved_row(layout: SlotLayout, document: Document, creation: bool = True,
+                    comprehension: bool = True) -> Sequence:
+    """An interleaved document by the official rule (quirks 2, 3, 10): it ends before the first text
+    or picture that does not fit whole."""
     ids, labels, pictures = [], [], []
     for part in document.parts:
         text = isinstance(part, str)
@@ -317,9 +501,10 @@ def interleaved_row(layout, document, creation=True, comprehension=True):
     return close_row(layout, ids, labels, pictures, creation, comprehension)
 
 
-def pair_row(layout, text, picture, creation):
-    """One picture and its text (quirks 4, 9). Creation: the text, then the dream block, nothing learned but the picture. Comprehension: the image
-    block, then the text, which is learned. A long text is cut, the block is not."""
+def pair_row(layout: SlotLayout, text: str, picture: Image.Image, creation: bool) -> Sequence:
+    """One picture and its text (quirks 4, 9). Creation: the text, then the dream block, nothing
+    learned but the picture. Comprehension: the image block, then the text, which is learned. A long
+    text is cut, the block is not."""
     block = layout.dream_block() if creation else layout.image_block()
     words = layout.text_ids(text)[:max(0, layout.max_length - len(block) - 2)]
     if creation:
@@ -328,56 +513,87 @@ def pair_row(layout, text, picture, creation):
     return close_row(layout, block + words, [-100] * len(block) + words, [picture], creation=False)
 
 
-def picture_pair_row(layout, source, target):
-    """A picture asks for a picture; no word is learned (quirk 6)."""
+def picture_pair_row(layout: SlotLayout, source: Image.Image, target: Image.Image) -> Sequence:
+    """A picture is the prompt for a picture; no word is learned (quirk 6)."""
     row = close_row(layout, layout.image_block() + layout.dream_block(), [], [])
     return replace(row, labels=[-100] * len(row.input_ids), images=[source], targets=[target])
 
 # %% ../../../nbs/15_official.ipynb #c6e2a28b
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+          "gives helpful, detailed, and polite answers to the "
           "user's questions.")
 
 
-def conversation_row(layout, turns, system=VICUNA, compat=None):
-    """A conversation in Vicuna's format. `turns`: (`"user"` or `"assistant"`, list of texts and pictures). Pictures of the user are looked at;
-    those of the assistant are drawn, then looked at. `ValueError` if it is longer than the context."""
-    ids, labels, images, targets, open_text, learn_from = [], [], [], [], f"{system} ", None
-    def flush():
-        nonlocal open_text, learn_from
-        if open_text:
-            new = layout.text_ids(open_text)
-            cut = len(new) if learn_from is None else len(layout.text_ids(open_text[:learn_from])) if learn_from else 0
-            ids.extend(new)
-            labels.extend([-100] * cut + new[cut:])
-        open_text, learn_from = "", None if learn_from is None else 0
+class ConversationBuilder:
+    """Collects the tokens, labels and pictures of a conversation; a text is tokenized when a
+    special token ends it."""
+    def __init__(self, layout: SlotLayout, text: str):
+        self.layout, self.text, self.learn_from = (
+            layout,
+            text,
+            None,
+        )  # labels begin at this character of the text; None: nowhere
+        self.ids, self.labels, self.images, self.targets = [], [], [], []
+
+    def flush(self) -> None:
+        """Tokenize the text so far, and begin a new one."""
+        if self.text:
+            new, start = self.layout.text_ids(self.text), self.learn_from
+            cut = len(new) if start is None else len(self.layout.text_ids(self.text[:start])) if start else 0
+            self.ids.extend(new)
+            self.labels.extend([-100] * cut + new[cut:])
+        self.text, self.learn_from = "", None if self.learn_from is None else 0
+
+    def add_picture(self, picture: Image.Image, drawn: bool, learn_start: bool) -> None:
+        """The blocks of a picture; one that is `drawn` is a target as well, and with `learn_start`
+        its `<dream_start>` has a label."""
+        new, labels = blocks_of(self.layout, drawn, True)
+        self.ids.extend(new)
+        self.labels.extend(labels if drawn and learn_start else [-100] * len(new))
+        self.images.append(picture)
+        self.targets.extend([picture] if drawn else [])
+
+    def end_answer(self) -> None:
+        """`</s>`, with a label."""
+        self.flush()
+        self.learn_from = None
+        self.ids.append(self.layout.id["</s>"])
+        self.labels.append(self.layout.id["</s>"])
+
+
+def conversation_row(layout: SlotLayout, turns: list[tuple[str, list]], system: str = VICUNA,
+                     compat: str | None = None) -> Sequence:
+    """A conversation in Vicuna's format. `turns`: (`"user"` or `"assistant"`, list of texts and
+    pictures). Pictures of the user are read; those of the assistant are drawn, then read.
+    `compat="official"`: `<dream_start>` has no label (quirk 5). `ValueError` if it is longer than
+    the context."""
+    row = ConversationBuilder(layout, f"{system} ")
     for role, parts in turns:
         answer = role == "assistant"
-        open_text += " ASSISTANT:" if answer else "USER:"
-        learn_from = len(open_text) if answer else None
+        row.text += " ASSISTANT:" if answer else "USER:"
+        row.learn_from = len(row.text) if answer else None
         for i, part in enumerate(parts):
             if isinstance(part, str):
-                open_text += part if i and not isinstance(parts[i - 1], str) else f" {part}"
-                continue
-            open_text += "" if i else " "
-            flush()
-            new, learned = blocks_of(layout, answer, True)
-            ids.extend(new)
-            labels.extend(learned if answer and compat != "official" else [-100] * len(new))
-            images.append(part)
-            targets.extend([part] if answer else [])
+                row.text += part if i and not isinstance(parts[i - 1], str) else f" {part}"
+            else:
+                row.text += "" if i else " "
+                row.flush()
+                row.add_picture(part, answer, learn_start=compat != "official")
         if answer:
-            flush()
-            learn_from = None
-            ids.append(layout.id["</s>"])
-            labels.append(layout.id["</s>"])
-    if len(ids) + 1 > layout.max_length:
-        raise ValueError(f"the conversation needs {len(ids) + 1} tokens, the context holds {layout.max_length}; use fewer turns or pictures")
-    return Sequence([layout.id["<s>"], *ids], [-100, *labels], images, targets)
+            row.end_answer()
+    if len(row.ids) + 1 > layout.max_length:
+        raise ValueError(
+            f"the conversation needs {len(row.ids) + 1} tokens, the context holds "
+            f"{layout.max_length}; use fewer turns or pictures"
+        )
+    return Sequence([layout.id["<s>"], *row.ids], [-100, *row.labels], row.images, row.targets)
 
 # %% ../../../nbs/15_official.ipynb #e4fe9ee7
-def replace_blocks(input_ids, labels, blocks, limit, compat=None):
-    """Exchange placeholder tokens for blocks of slots (`blocks`: id -> ids), at most `limit` tokens in all; a block that does not fit ends the
-    sequence. `compat="official"` cuts too much there, and misses the limit when a block ends exactly at it (quirks 11 and 12)."""
+def replace_blocks(input_ids: list[int], labels: list[int], blocks: dict[int, list[int]], limit: int,
+                   compat: str | None = None) -> tuple[list[int], list[int]]:
+    """Exchange placeholder tokens for blocks of slots (`blocks`: id -> ids), at most `limit` tokens
+    in all; a block that does not fit ends the sequence. `compat="official"` cuts too much there,
+    and misses the limit when a block ends exactly at it (quirks 11 and 12)."""
     out, learned = [], []
     for token, label in zip(input_ids, labels):
         if token in blocks:
@@ -433,21 +649,59 @@ QUIRKS = [  # number, what the official code does, what happens here, why, test
 ]
 
 # %% ../../../nbs/15_official.ipynb #0e0063e9
-def paper_config(num_queries=64, **options):
-    """The published 7B model: Vicuna-7B v1.1 (with 8 special tokens more), CLIP-L/14 at 224 pixels, Stable Diffusion 2.1-base, 64 queries
-    (DreamLLM, section 3 and table 13; sizes from the parts' own `config.json`)."""
-    text = LlamaConfig(vocab_size=32008, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048)
-    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768)
-    unet = dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
+def paper_config(num_queries: int = 64, **options) -> DreamLLMConfig:
+    """The published 7B model: Vicuna-7B v1.1 (with 8 special tokens more), CLIP-L/14 at 224 pixels,
+    Stable Diffusion 2.1-base, 64 queries (DreamLLM, section 3 and table 13; sizes from the parts'
+    own `config.json`)."""
+    text = LlamaConfig(
+        vocab_size=32008,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+        projection_dim=768,
+    )
+    unet = dict(
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        attention_head_dim=(5, 10, 20, 20),
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+    )
     ends = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    vae = dict(sample_size=768, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, scaling_factor=0.18215, **ends)
-    scheduler = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
-    ids = dict(dream_start_id=32003, image_start_id=32001, query_token_id=32004)  # of a new model; a checkpoint brings its own
+    vae = dict(
+        sample_size=768,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=0.18215,
+        **ends,
+    )
+    scheduler = dict(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+    )
+    ids = dict(
+        dream_start_id=32003, image_start_id=32001, query_token_id=32004
+    )  # of a new model; a checkpoint brings its own
     return DreamLLMConfig(text, vision, unet, vae, scheduler, num_queries=num_queries, **{**ids, **options})
 
 
-def parameters_of(config, stages):
-    """Parameters by part, and how many train in each stage: counted on the meta device, where nothing takes memory."""
+def parameters_of(config: DreamLLMConfig, stages: list) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters by part, and how many train in each stage: counted on the meta device, where
+    nothing takes memory."""
     with torch.device("meta"):
         model = DreamLLM(config)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -457,14 +711,41 @@ def parameters_of(config, stages):
 class ControlledUNet:
     """A U-Net with a ControlNet beside it (Zhang et al. 2023), called like the U-Net alone.
 
-    `hint`: float32 [B or 1, 3, H, W] in [0, 1], as large as the pictures; `strength` scales what it adds."""
-    def __init__(self, unet, controlnet, hint, strength=1.0):
-        self.unet, self.controlnet, self.hint, self.strength, self.config = unet, controlnet, hint, strength, unet.config
+    `hint`: float32 [B or 1, 3, H, W] in [0, 1], as large as the pictures; `strength` scales what it
+    adds."""
+    def __init__(self, unet: UNet2DConditionModel, controlnet: ControlNetModel, hint: torch.Tensor,
+                 strength: float = 1.0):
+        self.unet, self.controlnet, self.hint, self.strength, self.config = (
+            unet,
+            controlnet,
+            hint,
+            strength,
+            unet.config,
+        )
 
-    def __call__(self, sample, timesteps, encoder_hidden_states, **added):
-        hint = self.hint.expand(-(-len(sample) // len(self.hint)) * len(self.hint), *self.hint.shape[1:]) if len(self.hint) == 1 else (
-            self.hint.repeat(len(sample) // len(self.hint), 1, 1, 1))
-        down, middle = self.controlnet(sample, timesteps, encoder_hidden_states, controlnet_cond=hint.to(sample), conditioning_scale=self.strength,
-                                       return_dict=False, **added)
-        return self.unet(sample, timesteps, encoder_hidden_states=encoder_hidden_states, down_block_additional_residuals=down,
-                         mid_block_additional_residual=middle, **added)
+    def __call__(self, sample: torch.Tensor, timesteps: torch.Tensor,
+                 encoder_hidden_states: torch.Tensor, **added) -> object:
+        hint = (
+            self.hint.expand(
+                -(-len(sample) // len(self.hint)) * len(self.hint), *self.hint.shape[1:]
+            )
+            if len(self.hint) == 1
+            else (self.hint.repeat(len(sample) // len(self.hint), 1, 1, 1))
+        )
+        down, middle = self.controlnet(
+            sample,
+            timesteps,
+            encoder_hidden_states,
+            controlnet_cond=hint.to(sample),
+            conditioning_scale=self.strength,
+            return_dict=False,
+            **added,
+        )
+        return self.unet(
+            sample,
+            timesteps,
+            encoder_hidden_states=encoder_hidden_states,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            **added,
+        )
