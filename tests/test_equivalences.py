@@ -19,6 +19,7 @@ import dreamllm_edu.training.stage
 from dreamllm_edu.parts.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
 from dreamllm_edu.documents.document import Document, Dream
 from dreamllm_edu.parts.tokenizer import encode_text
+from dreamllm_edu.sequences import Layout
 from dreamllm_edu.training.recipe import corpora_of
 from dreamllm_edu.training.fit import fit, trainable_state
 from dreamllm_edu.training.mixture import FeatureCache, Mixture, run_stage, train
@@ -601,6 +602,14 @@ def test_a_layout_can_be_sent_to_another_process_and_keeps_short_texts_only(proc
     assert layout.text_ids(long) == encode_text(processor.tokenizer, long) and list(layout.known) == ["a red cat"]
     sent = pickle.loads(pickle.dumps(layout))
     assert sent.encode(["a red cat"]) == layout.encode(["a red cat"])
+
+
+def test_the_slot_layout_is_a_layout(processor):
+    """All that collation, packing and training know of a layout is the protocol."""
+    layout = processor.layout
+    assert isinstance(layout, Layout)
+    assert (layout.max_length, layout.pad_token_id) == (CONTEXT, processor.tokenizer.pad_token_id)
+    assert not isinstance(processor.tokenizer, Layout), "a tokenizer has no encode of documents, but the check must see that"
 
 
 def test_corpora_of_a_recipe_can_be_sent_to_another_process():

@@ -38,6 +38,11 @@ class SlotLayout:
             self.known[text] = ids
         return ids
 
+    @property
+    def pad_token_id(self) -> int:
+        """Id of `<pad>`, for `collate` and packing."""
+        return self.id["<pad>"]
+
     def image_block(self):
         return [self.id["<image_start>"]] + [self.id["<image_patch>"]] * self.num_patches + [self.id["<image_end>"]]
 

@@ -46,7 +46,7 @@ class DreamLLMProcessor(ProcessorMixin):
                 raise ValueError(f"{document.name}: Dream() is a wish for generate(); training needs the picture itself")
         layout = self.layout
         rows = [layout.encode(d.parts, d.given, d.name, add_eos, truncate) for d in documents]
-        batch = collate(rows, layout.id["<pad>"])
+        batch = collate(rows, layout.pad_token_id)
         images, targets = [p for r in rows for p in r.images], [p for r in rows for p in r.targets]
         if images:
             batch["pixel_values"] = self.pixels(images)
