@@ -6,10 +6,13 @@
 __all__ = ['DreamLLMProcessor']
 
 # %% ../../../nbs/02_tokenization.ipynb #fc9ff45e
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from fastcore.basics import patch
+from PIL import Image
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...documents.document import Document, Dream
 from ...documents.pictures import cut_strip, picture_tensor
@@ -21,55 +24,80 @@ from ...sequences import collate
 class DreamLLMProcessor(ProcessorMixin):
     """Documents -> model inputs, and token ids -> text.
 
-    `image_processor`: CLIP's (what the model sees); `target_size`: side in pixels of the pictures that the VAE encodes (what it draws)."""
-    def __init__(self, image_processor, tokenizer, num_queries=8, num_patches=16, target_size=64, max_length=512, token_names=None, **kwargs):
+    `image_processor`: CLIP's (what the model sees); `num_queries`: Q; `num_patches`: N;
+    `target_size`: side in pixels of the pictures that the VAE encodes (what it draws);
+    `max_length`: the largest T; `token_names`: our name of a special token -> the tokenizer's,
+    where they differ."""
+
+    def __init__(self, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase,
+                 num_queries: int = 8, num_patches: int = 16, target_size: int = 64,
+                 max_length: int = 512, token_names: dict[str, str] | None = None, **kwargs):
         super().__init__(image_processor, tokenizer)
-        self.token_names = token_names  # our names of the special tokens -> the tokenizer's, where they differ
-        self.num_queries, self.num_patches, self.target_size, self.max_length = num_queries, num_patches, target_size, max_length
+        self.token_names, self.target_size, self.max_length = token_names, target_size, max_length
+        self.num_queries, self.num_patches = num_queries, num_patches
 
     @property
-    def layout(self):
-        return SlotLayout(self.tokenizer, self.num_queries, self.num_patches, self.max_length, self.token_names)
-
-    def pixels(self, pictures):
-        """PIL pictures -> CLIP-normalised float32 [n, 3, S, S]."""
-        return self.image_processor([cut_strip(p) for p in pictures], return_tensors="pt")["pixel_values"]
-
-    def __call__(self, documents, truncate=True, add_eos=True):
-        """One document or a list -> `BatchFeature`: `input_ids`, `attention_mask`, `labels` [B, T], and where there are pictures
-        `pixel_values` (all image blocks, in order) and `target_pixel_values` (all dream blocks, [-1, 1])."""
-        documents = [documents] if isinstance(documents, Document) else list(documents)
-        for document in documents:
-            if not document.parts:
-                raise ValueError(f"{document.name}: the document is empty; give it a text or a picture")
-            if any(isinstance(part, Dream) for part in document.parts):
-                raise ValueError(f"{document.name}: Dream() is a wish for generate(); training needs the picture itself")
-        layout = self.layout
-        rows = [layout.encode(d.parts, d.given, d.name, add_eos, truncate) for d in documents]
-        batch = collate(rows, layout.pad_token_id)
-        images, targets = [p for r in rows for p in r.images], [p for r in rows for p in r.targets]
-        if images:
-            batch["pixel_values"] = self.pixels(images)
-        if targets:
-            batch["target_pixel_values"] = torch.stack([picture_tensor(p, self.target_size) for p in targets])
-        return BatchFeature(batch)
-
-    def decode(self, ids):
-        """Text of token ids; special tokens are left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def layout(self) -> SlotLayout:
+        """The rule by which documents become sequences."""
+        return SlotLayout(self.tokenizer, self.num_queries, self.num_patches, self.max_length,
+                          self.token_names)
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs):
+    def from_pretrained(cls, name: str | Path, *args, **kwargs) -> "DreamLLMProcessor":
         """As the library does; `ValueError` for damaged files."""
         try:
             return super().from_pretrained(name, *args, **kwargs)
         except OSError:  # missing: the library says what
             raise
         except Exception as error:
-            raise ValueError(f"{name}: the processor's files are damaged or of another kind ({error}); fetch or save them again") from error
+            raise ValueError(f"{name}: the processor's files are damaged or of another kind "
+                             f"({error}); fetch or save them again") from error
 
-    def save_pretrained(self, folder, **kwargs):
-        """As the library does, but written aside: a full disk leaves what was there whole."""
+    def save_pretrained(self, folder: str | Path, **kwargs) -> None:
+        """As the library does, but written aside: if the disk is full, the old files stay whole."""
         if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", Path(folder).name)  # the library would take the name of the folder aside
+            # the library would take the name of the temporary folder
+            kwargs.setdefault("repo_id", Path(folder).name)
         write_folder(folder, lambda aside: ProcessorMixin.save_pretrained(self, aside, **kwargs))
+
+# %% ../../../nbs/02_tokenization.ipynb #e00ff7d1
+@patch
+def pixels(self: DreamLLMProcessor, pictures: list[Image.Image]) -> torch.Tensor:
+    """n PIL pictures -> CLIP-normalised float32 [n, 3, S, S], S the side that CLIP reads."""
+    pictures = [cut_strip(p) for p in pictures]
+    return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+
+@patch
+def decode(self: DreamLLMProcessor, ids: list[int] | torch.Tensor) -> str:
+    """Text of the token ids [T]; special tokens are left out."""
+    return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+# %% ../../../nbs/02_tokenization.ipynb #ba98f63e
+@patch
+def __call__(self: DreamLLMProcessor, documents: Document | Iterable[Document],
+             truncate: bool = True, add_eos: bool = True) -> BatchFeature:
+    """One document or B of them -> `BatchFeature`.
+
+    `input_ids`, `attention_mask`, `labels`: int64 [B, T]. Where there are pictures, `pixel_values`:
+    those of all image blocks in order, float32 [n, 3, S, S], CLIP-normalised;
+    `target_pixel_values`: those of all dream blocks, float32 [m, 3, target_size, target_size] in
+    [-1, 1]. `truncate`, `add_eos`: as in `Layout.encode`. `ValueError` for an empty document and
+    for one with `Dream()`."""
+    documents = [documents] if isinstance(documents, Document) else list(documents)
+    for document in documents:
+        if not document.parts:
+            raise ValueError(f"{document.name}: the document is empty; give it a text or a picture")
+        if any(isinstance(part, Dream) for part in document.parts):
+            raise ValueError(f"{document.name}: Dream() asks generate() for a picture; training "
+                             "needs the picture itself")
+    layout = self.layout
+    rows = [layout.encode(d.parts, d.given, d.name, add_eos, truncate) for d in documents]
+    batch = collate(rows, layout.pad_token_id)
+    images, targets = [p for r in rows for p in r.images], [p for r in rows for p in r.targets]
+    if images:
+        batch["pixel_values"] = self.pixels(images)
+    if targets:
+        tensors = [picture_tensor(p, self.target_size) for p in targets]
+        batch["target_pixel_values"] = torch.stack(tensors)
+    return BatchFeature(batch)
