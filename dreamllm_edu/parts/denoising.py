@@ -8,6 +8,7 @@ __all__ = ['denoising_loss', 'min_snr_weights', 'draw_timesteps', 'predicted_noi
 # %% ../../nbs/07_losses.ipynb #d0ab20c7
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from einops import rearrange
 from torch.nn import functional as F
 
 from .diffusion import denoising_target
@@ -85,7 +86,7 @@ def predicted_noise(
     `noisy`: its input [B, Z, h, w]; `timesteps`: int64 [B]."""
     if scheduler.config.prediction_type == "epsilon":
         return out
-    signal = scheduler.alphas_cumprod.to(noisy)[timesteps].view(-1, 1, 1, 1)
+    signal = rearrange(scheduler.alphas_cumprod.to(noisy)[timesteps], "b -> b 1 1 1")
     return signal.sqrt() * out + (1 - signal).sqrt() * noisy
 
 # %% ../../nbs/07_losses.ipynb #a1d0ac35
@@ -114,7 +115,7 @@ def sds_gradient(
     if null is not None:
         unconditional = predict(null.expand_as(condition))
         prediction = unconditional + guidance_scale * (prediction - unconditional)
-    weight = 1 - scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
+    weight = rearrange(1 - scheduler.alphas_cumprod.to(latents)[timesteps], "b -> b 1 1 1")
     return weight * (prediction - noise)
 
 # %% ../../nbs/07_losses.ipynb #52a18427

@@ -20,6 +20,7 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from einops import rearrange
 
 # %% ../../nbs/05_diffusion.ipynb #2f181225
 def scheduler_config(prediction_type: str = "v_prediction") -> dict[str, Any]:
@@ -86,7 +87,7 @@ def vae_config(
 def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in [-1, 1] -> B PIL pictures in RGB."""
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()
+    arrays = rearrange(levels, "b c h w -> b h w c").cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
 
@@ -221,7 +222,8 @@ def sample_latents(unet: UNet2DConditionModel, scheduler: DDPMScheduler, conditi
     options = {"generator": generator} if "generator" in options else {}
     if noise is None:
         channels, side = unet.config.in_channels, unet.config.sample_size
-        noise = torch.randn(len(condition), channels, side, side, generator=generator)
+        shape = (len(condition), channels, side, side)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     noise, dtype = noise.float().to(condition.device), getattr(unet, "dtype", torch.float32)
     x, times = start_of_walk(sampler, num_inference_steps, noise, latents, strength)
     guided = guidance_scale != 1.0

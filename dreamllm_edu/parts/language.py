@@ -9,6 +9,7 @@ __all__ = ['llama_config', 'pack', 'next_token_loss', 'window_losses', 'perplexi
 from collections.abc import Callable, Iterable
 
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
@@ -53,7 +54,8 @@ def next_token_loss(model: Callable, input_ids: torch.Tensor) -> torch.Tensor:
 
     `model`: a causal language model of transformers; `input_ids`: int64 [B, T]."""
     logits = model(input_ids=input_ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten())
+    predictions = rearrange(logits[:, :-1].float(), "b t v -> (b t) v")
+    return F.cross_entropy(predictions, rearrange(input_ids[:, 1:], "b t -> (b t)"))
 
 # %% ../../nbs/03_language.ipynb #b9a1f29b
 @torch.no_grad()
@@ -65,7 +67,8 @@ def window_losses(
 
     `model`: a causal language model of transformers; `stream`: int64 tokens as `pack` gives
     them."""
-    windows = stream[: len(stream) // length * length].view(-1, length)[:limit]
+    whole = stream[: len(stream) // length * length]  # no window is cut at the end
+    windows = rearrange(whole, "(n t) -> n t", t=length)[:limit]
     return torch.tensor([next_token_loss(model, window[None]).item() for window in windows])
 
 

@@ -7,6 +7,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'clip_normalize', 'contrastive_loss', 'clip_
 
 # %% ../../nbs/04_vision.ipynb #437cedec
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
@@ -19,8 +20,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def clip_normalize(pixels: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> the same shape and dtype, CLIP-normalised: mean 0 and
     standard deviation 1 of CLIP's training photographs, colour by colour."""
-    mean = torch.tensor(CLIP_MEAN, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
+    mean, std = (
+        rearrange(pixels.new_tensor(values), "c -> 1 c 1 1") for values in (CLIP_MEAN, CLIP_STD)
+    )
     return ((pixels + 1) / 2 - mean) / std
 
 # %% ../../nbs/04_vision.ipynb #c5c9284d

@@ -7,6 +7,7 @@ __all__ = ['slots_after', 'splice', 'DreamQueries', 'ConditionProjector']
 
 # %% ../../../nbs/06_queries.ipynb #4805cb34
 import torch
+from einops import rearrange, repeat
 from torch import nn
 
 # %% ../../../nbs/06_queries.ipynb #582d9af4
@@ -23,8 +24,8 @@ def slots_after(
             f"a block of {length} slots is cut at token {input_ids.shape[1]}; encode documents "
             "with SlotLayout, which never cuts one"
         )
-    columns = starts[:, None] + 1 + torch.arange(length, device=input_ids.device)
-    return rows[:, None].expand_as(columns), columns
+    columns = rearrange(starts, "n -> n 1") + 1 + torch.arange(length, device=input_ids.device)
+    return repeat(rows, "n -> n length", length=length), columns
 
 
 def splice(
@@ -48,7 +49,7 @@ class DreamQueries(nn.Module):
 
     def forward(self, n: int) -> torch.Tensor:
         """The queries for n pictures: [n, Q, D]."""
-        return self.weight.expand(n, -1, -1)
+        return repeat(self.weight, "q d -> n q d", n=n)
 
 # %% ../../../nbs/06_queries.ipynb #883644d1
 class ConditionProjector(nn.Module):
