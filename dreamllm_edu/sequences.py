@@ -41,7 +41,8 @@ class Layout(Protocol):
 
     def encode(self, parts: list[Any], given: int | list[bool] = 0, name: str = "document",
                add_eos: bool = True, truncate: bool = True) -> Sequence:
-        """The `Sequence` of a document's parts: str, `Dream()`, or a picture (or what stands for it).
+        """The `Sequence` of a document's parts: str, `Dream()`, or a picture (or what stands for
+        it).
 
         `given`: how many parts at the start are a prompt and not learned, or for every part whether
         it is given. `name`: what error messages call the document. `add_eos`: end with `</s>`. A
@@ -49,15 +50,26 @@ class Layout(Protocol):
         ...
 
 # %% ../nbs/02_tokenization.ipynb #133d86dd
-def collate(sequences, pad_token_id, side="right"):
-    """Pad to the longest: `input_ids`, `attention_mask`, `labels`, int64 [B, T]."""
+def collate(
+    sequences: list[Sequence], pad_token_id: int, side: str = "right"
+) -> dict[str, torch.Tensor]:
+    """B sequences, padded to the longest (T tokens) on the `side` "right" or "left".
+
+    Returns int64 [B, T] each: `input_ids`; `attention_mask`, 0 at padding; `labels`, -100 where the
+    loss ignores the token. `ValueError` for an empty batch."""
     if not sequences:
         raise ValueError("an empty batch: give at least one document")
-    width = max(len(s.input_ids) for s in sequences)
-    pad = lambda row, value: row + [value] * (width - len(row)) if side == "right" else [value] * (width - len(row)) + row
-    return {"input_ids": torch.tensor([pad(s.input_ids, pad_token_id) for s in sequences]),
-            "attention_mask": torch.tensor([pad([1] * len(s.input_ids), 0) for s in sequences]),
-            "labels": torch.tensor([pad(s.labels, -100) for s in sequences])}
+    longest = max(len(s.input_ids) for s in sequences)
+
+    def pad(row: list[int], value: int) -> list[int]:
+        filler = [value] * (longest - len(row))
+        return row + filler if side == "right" else filler + row
+
+    return {
+        "input_ids": torch.tensor([pad(s.input_ids, pad_token_id) for s in sequences]),
+        "attention_mask": torch.tensor([pad([1] * len(s.input_ids), 0) for s in sequences]),
+        "labels": torch.tensor([pad(s.labels, -100) for s in sequences]),
+    }
 
 # %% ../nbs/19_full_scale.ipynb #913fbe1a
 import torch

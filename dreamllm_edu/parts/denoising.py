@@ -7,31 +7,52 @@ __all__ = ['denoising_loss', 'min_snr_weights', 'draw_timesteps', 'predicted_noi
 
 # %% ../../nbs/07_losses.ipynb #d0ab20c7
 import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from einops import rearrange
 from torch.nn import functional as F
 
 from .diffusion import denoising_target
 
 # %% ../../nbs/07_losses.ipynb #4218e878
-def denoising_loss(unet, scheduler, latents, condition, noise, timesteps, perturbation=None, weights=None, reduction="mean", **added):
-    """Conditional denoising loss, DreamLLM eq. (4): mean over pictures and positions of |U-Net(z_t; C, t) - target|^2; with `reduction="none"` one
-    loss for each picture, [B].
+def denoising_loss(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    condition: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    perturbation: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    reduction: str = "mean",
+    **added,
+) -> torch.Tensor:
+    """Conditional denoising loss, DreamLLM eq. (4): mean over pictures and positions of |U-Net(z_t;
+    condition, t) - target|^2, float32 []; with `reduction="none"` one loss for each picture, [B].
 
-    `latents`, `noise`: [B, Z, h, w]; `condition`: [B, L, C]; `timesteps`: int64 [B]. `perturbation` [B, Z, h, w] is added to the noise that the
-    U-Net sees, not to the one that it should find (Ning et al. 2023); `weights` [B] weigh the pictures; `added`: further inputs of the U-Net.
-    Whether the U-Net or the condition learns is only a matter of which of them requires a gradient."""
-    noisy = scheduler.add_noise(latents, noise if perturbation is None else noise + perturbation, timesteps)
+    `latents`, `noise`: [B, Z, h, w]; `condition`: [B, L, K]; `timesteps`: int64 [B] in [0, 1000).
+    `perturbation` [B, Z, h, w] is added to the noise in the U-Net's input, not to the noise in the
+    target (Ning et al. 2023); `weights` [B] weigh the pictures; `added`: further inputs of the
+    U-Net. The U-Net learns if its weights require a gradient, the condition learns if the condition
+    does."""
+    noisy = scheduler.add_noise(
+        latents, noise if perturbation is None else noise + perturbation, timesteps
+    )
     out = unet(noisy, timesteps, encoder_hidden_states=condition, **added).sample
     target = denoising_target(scheduler, latents, noise, timesteps).float()
     losses = (out.float() - target).square().flatten(1).mean(1)
     losses = losses if weights is None else losses * weights
     return losses if reduction == "none" else losses.mean()
 
+# %% ../../nbs/07_losses.ipynb #adf1a2cc
+def min_snr_weights(
+    scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float, compat: str | None = None
+) -> torch.Tensor:
+    """Weights [B] that keep the easy, low-noise steps from dominating the loss (Min-SNR, Hang et
+    al. 2023).
 
-def min_snr_weights(scheduler, timesteps, gamma, compat=None):
-    """Weights that keep the easy, low-noise steps from drowning the rest (Hang et al. 2023, Min-SNR): [B].
-
-    min(SNR, gamma) / SNR where the U-Net says the noise, / (SNR + 1) where it says the velocity. `compat="official"` clips SNR + 1 in the
-    latter, as the official code does (modeling_plugins.py, line 566)."""
+    min(SNR, gamma) / SNR if the U-Net predicts the noise, / (SNR + 1) if it predicts the velocity;
+    SNR is the signal-to-noise ratio at the `timesteps`, int64 [B]. `compat="official"` clips SNR +
+    1 in the second case, as the official code does (modeling_plugins.py, line 566)."""
     signal = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr = signal / (1 - signal)
     if scheduler.config.prediction_type == "epsilon":
@@ -39,44 +60,75 @@ def min_snr_weights(scheduler, timesteps, gamma, compat=None):
     return ((snr + 1 if compat == "official" else snr).clamp(max=gamma)) / (snr + 1)
 
 # %% ../../nbs/07_losses.ipynb #59bed070
-def draw_timesteps(total, n, generator=None, exponent=1.0):
-    """`n` time steps below `total`, int64: uniform with `exponent` 1; with less the noisy ones (large t) come more often, with 0.5 in proportion
-    to t, which on average multiplies the loss by a weight that grows with t."""
+def draw_timesteps(
+    total: int, n: int, generator: torch.Generator | None = None, exponent: float = 1.0
+) -> torch.Tensor:
+    """`n` random time steps in [0, `total`), int64 [n]: t = total * u^exponent with u uniform.
+
+    With `exponent` 1 all steps are equally likely; with less, noisy ones (large t) are likelier:
+    0.5 draws them in proportion to t, which on average multiplies the loss by a weight that grows
+    with t. `ValueError` if `exponent` is not positive."""
     if exponent <= 0:
-        raise ValueError(f"exponent={exponent} must be positive; 1 draws every time step as often")
+        raise ValueError(
+            f"exponent={exponent} must be positive; with 1 every time step is equally likely"
+        )
     if exponent == 1:
         return torch.randint(total, (n,), generator=generator)
     return (torch.rand(n, generator=generator) ** exponent * total).long().clamp(max=total - 1)
 
 # %% ../../nbs/07_losses.ipynb #090df582
-def predicted_noise(scheduler, out, noisy, timesteps):
-    """The noise in `noisy` [B, Z, h, w] according to the U-Net's answer `out`, whatever it was trained to say."""
+def predicted_noise(
+    scheduler: DDPMScheduler, out: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """The noise that the U-Net predicts, [B, Z, h, w], whether its output `out` [B, Z, h, w] is
+    noise or velocity.
+
+    `noisy`: its input [B, Z, h, w]; `timesteps`: int64 [B]."""
     if scheduler.config.prediction_type == "epsilon":
         return out
-    signal = scheduler.alphas_cumprod.to(noisy)[timesteps].view(-1, 1, 1, 1)
+    signal = rearrange(scheduler.alphas_cumprod.to(noisy)[timesteps], "b -> b 1 1 1")
     return signal.sqrt() * out + (1 - signal).sqrt() * noisy
 
-
+# %% ../../nbs/07_losses.ipynb #a1d0ac35
 @torch.no_grad()
-def sds_gradient(unet, scheduler, latents, condition, noise, timesteps, null=None, guidance_scale=1.0):
-    """The direction in which score distillation sampling moves made latents [B, Z, h, w] (DreamFusion, Poole et al. 2022, eq. 3): w(t) times what
-    the U-Net says is noise minus the noise that is there, with w(t) = 1 - alpha_bar; the U-Net's Jacobian is left out.
+def sds_gradient(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    condition: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    null: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> torch.Tensor:
+    """Gradient of score distillation sampling for latents that are being made, [B, Z, h, w]
+    (DreamFusion, Poole et al. 2022, eq. 3): w(t) (predicted noise - noise), with w(t) = 1 -
+    alpha_bar_t. The U-Net's Jacobian is left out.
 
-    `condition` [B, L, C]; with `null` [1, L, C] the U-Net is guided by `guidance_scale`."""
+    `latents`, `noise`: [B, Z, h, w]; `condition`: [B, L, K]; `timesteps`: int64 [B]; with `null`
+    [1, L, K] the prediction is guided by `guidance_scale`."""
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    found = predicted_noise(scheduler, unet(noisy, timesteps, encoder_hidden_states=condition).sample, noisy, timesteps)
+    predict = lambda c: predicted_noise(
+        scheduler, unet(noisy, timesteps, encoder_hidden_states=c).sample, noisy, timesteps
+    )
+    prediction = predict(condition)
     if null is not None:
-        blind = unet(noisy, timesteps, encoder_hidden_states=null.expand_as(condition)).sample
-        blind = predicted_noise(scheduler, blind, noisy, timesteps)
-        found = blind + guidance_scale * (found - blind)
-    weight = 1 - scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
-    return weight * (found - noise)
+        unconditional = predict(null.expand_as(condition))
+        prediction = unconditional + guidance_scale * (prediction - unconditional)
+    weight = rearrange(1 - scheduler.alphas_cumprod.to(latents)[timesteps], "b -> b 1 1 1")
+    return weight * (prediction - noise)
 
+# %% ../../nbs/07_losses.ipynb #52a18427
+def alignment_loss(conditions: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
+    """Mean squared error between conditions [B, Q, K] and the first Q states of the frozen text
+    encoder, of [B, L, K]: float32 []. The alternative to equation (4) that DreamLLM rejects (GILL,
+    Koh et al. 2023).
 
-def alignment_loss(conditions, text_states):
-    """Regression of conditions [B, Q, C] onto the first Q states of the frozen text encoder [B, L, C] (GILL, Koh et al. 2023): an alternative
-    to equation (4) that DreamLLM rejects. Mean squared error; `ValueError` if there are fewer states than queries."""
+    `ValueError` if there are fewer states than queries."""
     queries = conditions.shape[1]
     if text_states.shape[1] < queries:
-        raise ValueError(f"{queries} queries, but only {text_states.shape[1]} text states to align them with; give longer texts")
+        raise ValueError(
+            f"{queries} queries, but only {text_states.shape[1]} text states to align them with; "
+            "give longer texts"
+        )
     return F.mse_loss(conditions.float(), text_states[:, :queries].float())

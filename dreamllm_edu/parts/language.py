@@ -6,36 +6,73 @@
 __all__ = ['llama_config', 'pack', 'next_token_loss', 'window_losses', 'perplexity']
 
 # %% ../../nbs/03_language.ipynb #1fc3bca1
+from collections.abc import Callable, Iterable
+
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
 # %% ../../nbs/03_language.ipynb #71d73deb
-def llama_config(vocab_size=4096, hidden=192, layers=5, heads=6, ffn=512, context=512):
-    """The miniature's language model: Llama's class with 3 million parameters (Vicuna-7B: hidden 4096, 32 layers, 32 heads, ffn 11008)."""
-    return LlamaConfig(vocab_size=vocab_size, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-                       num_key_value_heads=heads, max_position_embeddings=context, tie_word_embeddings=True,
-                       pad_token_id=0, bos_token_id=1, eos_token_id=2)
+def llama_config(
+    vocab_size: int = 4096,
+    hidden: int = 192,
+    layers: int = 5,
+    heads: int = 6,
+    ffn: int = 512,
+    context: int = 512,
+) -> LlamaConfig:
+    """Configuration of the miniature's language model: Llama's class with 3 million parameters.
+
+    `vocab_size`: V; `hidden`: D; `ffn`: width of the MLP; `context`: the largest T. (Vicuna-7B: V
+    32000, D 4096, 32 layers, 32 heads, ffn 11008, context 2048.)"""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 # %% ../../nbs/03_language.ipynb #6b0ace2f
-def pack(token_lists, bos, eos):
-    """All texts one after the other, each as `<s> ... </s>`: one long int64 tensor."""
+def pack(token_lists: Iterable[list[int]], bos: int, eos: int) -> torch.Tensor:
+    """All texts one after the other, each as `<s> ... </s>`: one long stream of tokens, int64 [n].
+
+    `bos`, `eos`: ids of `<s>` and `</s>`."""
     return torch.tensor([token for ids in token_lists for token in (bos, *ids, eos)])
 
 
-def next_token_loss(model, input_ids):
-    """Mean cross-entropy of each token given those before it; `input_ids` [B, T]."""
+def next_token_loss(model: Callable, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy, in nats, of each token given those before it (DreamLLM, eq. 6, for
+    words): float32 [].
+
+    `model`: a causal language model of transformers; `input_ids`: int64 [B, T]."""
     logits = model(input_ids=input_ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten())
+    predictions = rearrange(logits[:, :-1].float(), "b t v -> (b t) v")
+    return F.cross_entropy(predictions, rearrange(input_ids[:, 1:], "b t -> (b t)"))
 
 # %% ../../nbs/03_language.ipynb #b9a1f29b
 @torch.no_grad()
-def window_losses(model, stream, length=128, limit=200):
-    """Mean cross-entropy of each of the first `limit` windows of a packed stream: [n]; `model`: a causal LM."""
-    windows = stream[:len(stream) // length * length].view(-1, length)[:limit]
+def window_losses(
+    model: Callable, stream: torch.Tensor, length: int = 128, limit: int = 200
+) -> torch.Tensor:
+    """Mean cross-entropy, in nats, of each window of `length` tokens: float32 [n], n at most
+    `limit`.
+
+    `model`: a causal language model of transformers; `stream`: int64 tokens as `pack` gives
+    them."""
+    whole = stream[: len(stream) // length * length]  # no window is cut at the end
+    windows = rearrange(whole, "(n t) -> n t", t=length)[:limit]
     return torch.tensor([next_token_loss(model, window[None]).item() for window in windows])
 
 
-def perplexity(model, stream, length=128, limit=200):
-    """exp(mean cross-entropy) over `limit` windows of a packed stream."""
+def perplexity(model: Callable, stream: torch.Tensor, length: int = 128, limit: int = 200) -> float:
+    """exp(mean cross-entropy) over the windows of `window_losses`: 1 at best, V for a uniform
+    guess."""
     return window_losses(model, stream, length, limit).mean().exp().item()

@@ -6,44 +6,62 @@
 __all__ = ['SPECIAL_TOKENS', 'train_tokenizer', 'encode_text', 'caption_ids', 'read_tokenizer', 'load_tokenizer']
 
 # %% ../../nbs/02_tokenization.ipynb #873fbed8
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # %% ../../nbs/02_tokenization.ipynb #fb674c4d
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<dream_start>", "<dream_query>", "<dream_end>", "<image_start>", "<image_patch>", "<image_end>")
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<dream_start>", "<dream_query>", "<dream_end>",
+                  "<image_start>", "<image_patch>", "<image_end>")
 
 
-def train_tokenizer(texts, vocab_size=4096):
-    """A byte-level BPE tokenizer (every string can be encoded, none is unknown) with DreamLLM's special tokens at ids 0 to 8."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019) learned from `texts`.
+
+    DreamLLM's special tokens get the ids 0 to 8. The 256 bytes are the first pieces, so every
+    string can be encoded and none is unknown. `vocab_size`: V, all of them counted."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   extra_special_tokens=list(SPECIAL_TOKENS[3:]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        extra_special_tokens=list(SPECIAL_TOKENS[3:]))
 
 # %% ../../nbs/02_tokenization.ipynb #3752e5da
-def encode_text(tokenizer, text):
-    """Token ids of plain text: no token is added, and what looks like a special token is spelled out in ordinary ones."""
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text. No token is added, and what looks like a special token is spelled
+    out in ordinary ones, so that text typed by a user never becomes a special token."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 # %% ../../nbs/02_tokenization.ipynb #f6c61281
-def caption_ids(tokenizer, texts, length=20):
-    """Captions as CLIP reads them: `<s> text </s>`, padded to `length`; (input_ids, attention_mask) int64 [B, length]."""
+def caption_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str],
+                length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions as CLIP reads them: `<s> text </s>`, padded to `length` tokens or cut to fit.
+
+    Returns `input_ids` int64 [B, length] and `attention_mask` int64 [B, length], 0 at padding. The
+    markers have the ids that `train_tokenizer` gives them (0, 1, 2)."""
     rows = [[1] + encode_text(tokenizer, text)[:length - 2] + [2] for text in texts]
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     return ids, (torch.arange(length) < torch.tensor([[len(row)] for row in rows])).long()
 
 # %% ../../nbs/02_tokenization.ipynb #4c9f1ad9
-def read_tokenizer(folder):
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """A tokenizer that was saved in `folder`; `ValueError` if its files are missing or damaged."""
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a parser of JSON, the library and its Rust half fail in different ways
-        raise ValueError(f"{folder}: no whole tokenizer there ({error}); fetch or make it again") from error
+    except (
+        Exception
+    ) as error:  # a parser of JSON, the library and its Rust half fail in different ways
+        raise ValueError(
+            f"{folder}: no whole tokenizer there ({error}); fetch or make it again"
+        ) from error
 
 # %% ../../nbs/12_pretraining.ipynb #4f6076db
 def load_tokenizer(out: "Path") -> "PreTrainedTokenizerBase":

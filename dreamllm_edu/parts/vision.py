@@ -7,84 +7,152 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'clip_normalize', 'contrastive_loss', 'clip_
 
 # %% ../../nbs/04_vision.ipynb #437cedec
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 # %% ../../nbs/04_vision.ipynb #8944a565
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's picture statistics (RGB in [0, 1])
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_normalize(pixels):
-    """[-1, 1] pictures [B, 3, H, W] -> CLIP-normalised."""
-    mean = torch.tensor(CLIP_MEAN, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
+def clip_normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] -> the same shape and dtype, CLIP-normalised: mean 0 and
+    standard deviation 1 of CLIP's training photographs, colour by colour."""
+    mean, std = (
+        rearrange(pixels.new_tensor(values), "c -> 1 c 1 1") for values in (CLIP_MEAN, CLIP_STD)
+    )
     return ((pixels + 1) / 2 - mean) / std
 
 # %% ../../nbs/04_vision.ipynb #c5c9284d
-def contrastive_loss(image_embeds, text_embeds, logit_scale, same):
-    """Symmetric cross-entropy over the B x B similarities (CLIP, section 2.3).
+def contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    same: torch.Tensor,
+) -> torch.Tensor:
+    """Symmetric cross-entropy over the B x B similarities (CLIP, section 2.3): float32 [].
 
-    `same` [B, B]: 1 where text j is true of picture i as well; such pairs share the target probability."""
-    image_embeds, text_embeds = (e / e.norm(dim=-1, keepdim=True) for e in (image_embeds.float(), text_embeds.float()))
+    `image_embeds`, `text_embeds`: [B, P], of any length; `logit_scale`: log of the factor tau, [];
+    `same`: float [B, B], 1 where text j is true of picture i as well, else 0; all true texts of a
+    picture get the same target probability."""
+    image_embeds, text_embeds = (
+        x / x.norm(dim=-1, keepdim=True) for x in (image_embeds.float(), text_embeds.float())
+    )
     logits = logit_scale.exp().clamp(max=100) * image_embeds @ text_embeds.T
     target = same / same.sum(-1, keepdim=True)
     per_row = lambda z, t: -(t * z.log_softmax(-1)).sum(-1).mean()
     return (per_row(logits, target) + per_row(logits.T, same.T / same.T.sum(-1, keepdim=True))) / 2
 
 # %% ../../nbs/04_vision.ipynb #190dc4db
-def clip_config(vocab_size=4096, size=64, patch=16, hidden=192, layers=4, text_layers=3, heads=6, eos_token_id=2, pad_token_id=0, bos_token_id=1):
-    """The miniature's CLIP: the class of CLIP-L/14, with 16 patches instead of 256."""
-    text = CLIPTextConfig(vocab_size=vocab_size, hidden_size=hidden, intermediate_size=hidden * 4, num_hidden_layers=text_layers,
-                          num_attention_heads=heads, max_position_embeddings=32, projection_dim=128, eos_token_id=eos_token_id,
-                          pad_token_id=pad_token_id, bos_token_id=bos_token_id)
-    vision = CLIPVisionConfig(hidden_size=hidden, intermediate_size=hidden * 4, num_hidden_layers=layers, num_attention_heads=heads,
-                              image_size=size, patch_size=patch, projection_dim=128)
-    return CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+def clip_config(vocab_size: int = 4096, size: int = 64, patch: int = 16, hidden: int = 192,
+                layers: int = 4, text_layers: int = 3, heads: int = 6, eos_token_id: int = 2,
+                pad_token_id: int = 0, bos_token_id: int = 1) -> CLIPConfig:
+    """Configuration of the miniature's CLIP: the class of CLIP-L/14, with N = 16 patches instead of
+    256.
+
+    `vocab_size`: V; `size`, `patch`: sides of the picture and of a patch in pixels; `hidden`: E of
+    both towers; `layers`: of the vision tower. P is 128."""
+    text = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=hidden * 4,
+        num_hidden_layers=text_layers,
+        num_attention_heads=heads,
+        max_position_embeddings=32,
+        projection_dim=128,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        bos_token_id=bos_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=size,
+        patch_size=patch,
+        projection_dim=128,
+    )
+    return CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128
+    )
 
 # %% ../../nbs/04_vision.ipynb #8c9cb638
-def augment(x, generator, scale=0.15, shift=0.12, tint=0.15):
-    """Random scale, shift and colour balance on a white ground: the augmentation that CLIP, the judge and, with `tint=0`, DreamLLM's `views` (notebook 10) see. [n, 3, H, W] in [-1, 1]"""
+def augment(
+    x: torch.Tensor,
+    generator: torch.Generator,
+    scale: float = 0.15,
+    shift: float = 0.12,
+    tint: float | torch.Tensor = 0.15,
+) -> torch.Tensor:
+    """Random scale, shift and colour balance on white: pictures [n, 3, H, W] in [-1, 1] -> the
+    same.
+
+    CLIP, the judge and, with `tint=0`, DreamLLM's `views` (notebook 10) are trained on such
+    pictures. `scale`, `shift` (of half a side) and `tint` are the largest changes, each drawn
+    uniformly; `tint` may differ by picture, [n, 1, 1, 1]."""
     n = len(x)
     unit = lambda *size: torch.rand(*size, generator=generator) * 2 - 1
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 + scale * unit(n)
     theta[:, :, 2] = shift * unit(n, 2)
-    moved = F.grid_sample(x - 1, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False) + 1
+    moved = (
+        F.grid_sample(
+            x - 1, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False
+        )
+        + 1
+    )
     return ((moved + 1) * (1 + tint * unit(n, 3, 1, 1)) - 1).clamp(-1, 1)
 
 
-def random_erase(x, generator, largest=24):
-    """One white square of up to `largest` pixels a side, anywhere: no single detail may be relied on (Zhong et al. 2017). [n, 3, H, W]"""
+def random_erase(x: torch.Tensor, generator: torch.Generator, largest: float = 24) -> torch.Tensor:
+    """One white square of up to `largest` pixels a side, anywhere in each picture: [n, 3, H, W] in
+    [-1, 1] -> the same. So the model cannot rely on a single detail (Zhong et al. 2017)."""
     n, _, height, width = x.shape
     side = torch.rand(n, 1, 1, generator=generator) * largest
-    top, left = (torch.rand(n, 1, 1, generator=generator) * (size - side) for size in (height, width))
+    top, left = (
+        torch.rand(n, 1, 1, generator=generator) * (size - side) for size in (height, width)
+    )
     rows, columns = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
     inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
     return x.masked_fill(inside[:, None], 1.0)
 
 # %% ../../nbs/04_vision.ipynb #aa291676
-def text_embeds(clip, input_ids, attention_mask):
-    """CLIP's embedding of captions [B, E]: the projected state at each caption's last token, the only one that has read all of it."""
+def text_embeds(
+    clip: CLIPModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's vectors of B captions, [B, P], not yet of length one: the projected state at each
+    caption's last token, the only one that has read all of it.
+
+    `input_ids`, `attention_mask`: int64 [B, T], padded on the right, as `caption_ids` gives
+    them."""
     states = clip.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     last = attention_mask.sum(-1) - 1
     return clip.text_projection(states[torch.arange(len(states), device=states.device), last])
 
 # %% ../../nbs/04_vision.ipynb #9f356f6b
-def patch_features(vision_model, pixel_values, layer=-2):
-    """Hidden states of one CLIP layer without the class token: [B, N, D]. DreamLLM reads layer -2 and applies no post-norm."""
+def patch_features(
+    vision_model: nn.Module, pixel_values: torch.Tensor, layer: int = -2
+) -> torch.Tensor:
+    """Hidden states of one layer of CLIP's vision tower without the class token: [B, N, E].
+
+    `pixel_values`: [B, 3, H, W], CLIP-normalised. DreamLLM reads layer -2 and applies no post-norm
+    (official `CLIPVisionEmbedding`, modeling_plugins.py)."""
     states = vision_model(pixel_values=pixel_values, output_hidden_states=True).hidden_states[layer]
     return states[:, 1:]
 
 # %% ../../nbs/04_vision.ipynb #362dbe1b
 class VisualProjector(nn.Module):
-    """CLIP patch features [n, N, V] -> the language model's embeddings [n, N, D]: one linear layer with bias."""
-    def __init__(self, vision_size, hidden_size):
+    """CLIP patch features -> the language model's embeddings: one linear layer with bias (DreamLLM,
+    section 2). `vision_size`: E; `hidden_size`: D."""
+    def __init__(self, vision_size: int, hidden_size: int):
         super().__init__()
         self.linear = nn.Linear(vision_size, hidden_size)
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, N, E] -> [n, N, D]."""
         return self.linear(features)
 
 # %% ../../nbs/12_pretraining.ipynb #e8282094

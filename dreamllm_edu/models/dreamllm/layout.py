@@ -6,86 +6,124 @@
 __all__ = ['SlotLayout', 'null_document']
 
 # %% ../../../nbs/02_tokenization.ipynb #fa44c2ed
+from typing import Any
+
+from fastcore.basics import patch
+from transformers import PreTrainedTokenizerBase
+
 from ...documents.document import Dream
 from ...parts.tokenizer import SPECIAL_TOKENS, encode_text
 from ...sequences import Sequence
 
 # %% ../../../nbs/02_tokenization.ipynb #cd03a36e
 class SlotLayout:
-    """How parts become tokens (official layout; labels as in the interleaved mode of the official `builder_dreamllm.py`, lines 264 and 284-289):
+    """How the parts of a document become tokens, the `Layout` of DreamLLM (official
+    `builder_dreamllm.py`, interleaved mode, lines 264 and 284-289):
 
-    text -> its tokens, learned · given picture -> `<image_start> N patches <image_end>`, ignored ·
-    created picture -> `<dream_start>` (learned) `Q queries <dream_end> <image_start> N patches <image_end>` (ignored)."""
-    def __init__(self, tokenizer, num_queries, num_patches, max_length, token_names=None):
+    - text -> its tokens, learned;
+    - given picture -> `<image_start> N patches <image_end>`, ignored;
+    - created picture -> `<dream_start>` (learned), `Q queries <dream_end> <image_start> N patches
+      <image_end>` (ignored).
+
+    `num_queries`: Q; `num_patches`: N; `max_length`: the largest T; `token_names`: our name of a
+    special token -> the tokenizer's, where they differ. `ValueError` if `max_length` is below 2 or
+    the tokenizer lacks a special token. `id`: our name of a special token -> its id."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_queries: int, num_patches: int,
+                 max_length: int, token_names: dict[str, str] | None = None):
         if max_length < 2:
-            raise ValueError(f"max_length={max_length}: a sequence needs room for <s> and </s>, give at least 2")
-        self.tokenizer, self.num_queries, self.num_patches, self.max_length = tokenizer, num_queries, num_patches, max_length
+            raise ValueError(f"max_length={max_length}: <s> and </s> take 2, give at least 2")
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.num_queries, self.num_patches = num_queries, num_patches
         self.known = {}  # the ids of short texts
-        self.id = {token: tokenizer.convert_tokens_to_ids((token_names or {}).get(token, token)) for token in SPECIAL_TOKENS}
-        missing = [token for token, i in self.id.items() if i is None or i == tokenizer.unk_token_id]
+        names = {token: token for token in SPECIAL_TOKENS} | (token_names or {})
+        self.id = {t: tokenizer.convert_tokens_to_ids(names[t]) for t in SPECIAL_TOKENS}
+        missing = [t for t, i in self.id.items() if i is None or i == tokenizer.unk_token_id]
         if missing:
-            raise ValueError(f"the tokenizer lacks the special tokens {missing}; add them with add_special_tokens and resize the model's embeddings")
-
-    def __getstate__(self):
-        return {**vars(self), "known": {}}  # nobody needs them sent to another process
-
-    def text_ids(self, text):
-        """`encode_text`, once for every short text: captions come again and again, paragraphs hardly ever."""
-        if text in self.known:
-            return self.known[text]
-        ids = encode_text(self.tokenizer, text)
-        if len(text) <= 200 and len(self.known) < 100_000:
-            self.known[text] = ids
-        return ids
+            raise ValueError(f"the tokenizer lacks the special tokens {missing}; add them with "
+                             "add_special_tokens and resize the model's embeddings")
 
     @property
     def pad_token_id(self) -> int:
         """Id of `<pad>`, for `collate` and packing."""
         return self.id["<pad>"]
 
-    def image_block(self):
-        return [self.id["<image_start>"]] + [self.id["<image_patch>"]] * self.num_patches + [self.id["<image_end>"]]
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "known": {}}  # another process can compute them again
 
-    def dream_block(self):
-        return [self.id["<dream_start>"]] + [self.id["<dream_query>"]] * self.num_queries + [self.id["<dream_end>"]]
+# %% ../../../nbs/02_tokenization.ipynb #d5e3f0e2
+@patch
+def text_ids(self: SlotLayout, text: str) -> list[int]:
+    """`encode_text`, computed once for every short text: captions come again, paragraphs hardly
+    ever."""
+    if text in self.known:
+        return self.known[text]
+    ids = encode_text(self.tokenizer, text)
+    if len(text) <= 200 and len(self.known) < 100_000:
+        self.known[text] = ids
+    return ids
 
-    def encode(self, parts, given=0, name="document", add_eos=True, truncate=True):
-        """A `Sequence` of at most `max_length` tokens. `parts`: str, `Dream()`, or anything else, which is a picture or stands for one. `given`: how many
-        parts are given at the start, or for every part whether it is (the turns of a dialogue alternate).
 
-        Longer documents end before the first block that does not fit, or inside a text; a block is never cut. With `truncate=False` they
-        raise `ValueError`."""
-        out = Sequence([self.id["<s>"]], [-100], [], [])
-        room = self.max_length - 1 - add_eos
-        learned = [i >= given for i in range(len(parts))] if isinstance(given, int) else [not g for g in given]
-        for i, (part, learn) in enumerate(zip(parts, learned, strict=True)):
+@patch
+def image_block(self: SlotLayout) -> list[int]:
+    """Ids of `<image_start>`, N slots, `<image_end>`."""
+    slots = [self.id["<image_patch>"]] * self.num_patches
+    return [self.id["<image_start>"], *slots, self.id["<image_end>"]]
+
+
+@patch
+def dream_block(self: SlotLayout) -> list[int]:
+    """Ids of `<dream_start>`, Q slots, `<dream_end>`."""
+    slots = [self.id["<dream_query>"]] * self.num_queries
+    return [self.id["<dream_start>"], *slots, self.id["<dream_end>"]]
+
+# %% ../../../nbs/02_tokenization.ipynb #4b5e881d
+@patch
+def encode_part(self: SlotLayout, part: Any, learned: bool) -> tuple[list[int], list[int]]:
+    """Ids and labels of one part, of the same length; labels are -100 where nothing is learned.
+
+    `part`: str, `Dream()`, or a picture (or what stands for it); `learned`: the model is to write
+    it."""
+    if isinstance(part, str):
+        ids = self.text_ids(part)
+        return ids, list(ids) if learned else [-100] * len(ids)
+    ids = self.dream_block() if learned else []
+    ids = ids if isinstance(part, Dream) else ids + self.image_block()
+    return ids, ids[:1] + [-100] * (len(ids) - 1) if learned else [-100] * len(ids)
+
+# %% ../../../nbs/02_tokenization.ipynb #6734dfd7
+@patch
+def encode(self: SlotLayout, parts: list[Any], given: int | list[bool] = 0, name: str = "document",
+           add_eos: bool = True, truncate: bool = True) -> Sequence:
+    """A `Sequence` of at most `max_length` tokens; parameters as in `Layout.encode`.
+
+    A longer document ends before the first block that does not fit, or inside a text; a block is
+    never cut. With `truncate=False` it raises `ValueError`."""
+    out = Sequence([self.id["<s>"]], [-100], [], [])
+    remaining = self.max_length - 1 - add_eos
+    given = [i < given for i in range(len(parts))] if isinstance(given, int) else given
+    for i, (part, is_given) in enumerate(zip(parts, given, strict=True)):
+        ids, labels = self.encode_part(part, learned=not is_given)
+        if len(ids) > remaining:
+            if not truncate:
+                end = len(out.input_ids) + len(ids)
+                raise ValueError(f"{name}: part {i} ends at token {end}, the context holds "
+                                 f"{self.max_length}; use fewer pictures or shorter texts")
+            out.truncated = True
             if isinstance(part, str):
-                ids = self.text_ids(part)
-                labels = list(ids) if learn else [-100] * len(ids)
-            else:
-                ids = (self.dream_block() if learn else []) + ([] if isinstance(part, Dream) else self.image_block())
-                labels = ids[:1] + [-100] * (len(ids) - 1) if learn else [-100] * len(ids)
-            if len(ids) > room:
-                if not truncate:
-                    raise ValueError(f"{name}: part {i} ends at token {len(out.input_ids) + len(ids)}, the context holds {self.max_length}; "
-                                     "use fewer pictures or shorter texts")
-                out.truncated = True
-                if isinstance(part, str):
-                    out.input_ids += ids[:room]
-                    out.labels += labels[:room]
-                return out
-            out.input_ids += ids
-            out.labels += labels
-            room -= len(ids)
-            if not isinstance(part, str):
-                if not isinstance(part, Dream):
-                    out.images.append(part)
-                if learn:
-                    out.targets.append(part)
-        if add_eos:
-            out.input_ids.append(self.id["</s>"])
-            out.labels.append(self.id["</s>"] if learned and learned[-1] else -100)
-        return out
+                out.input_ids += ids[:remaining]
+                out.labels += labels[:remaining]
+            return out
+        out.input_ids += ids
+        out.labels += labels
+        remaining -= len(ids)
+        if not isinstance(part, (str, Dream)):
+            out.images.append(part)
+        if not (is_given or isinstance(part, str)):
+            out.targets.append(part)
+    if add_eos:
+        out.input_ids.append(self.id["</s>"])
+        out.labels.append(-100 if not parts or given[-1] else self.id["</s>"])
+    return out
 
 # %% ../../../nbs/10_training.ipynb #906a68c0
 from dataclasses import replace

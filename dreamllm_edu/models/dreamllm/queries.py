@@ -7,41 +7,58 @@ __all__ = ['slots_after', 'splice', 'DreamQueries', 'ConditionProjector']
 
 # %% ../../../nbs/06_queries.ipynb #4805cb34
 import torch
+from einops import rearrange, repeat
 from torch import nn
 
 # %% ../../../nbs/06_queries.ipynb #582d9af4
-def slots_after(input_ids, start_id, length):
+def slots_after(
+    input_ids: torch.Tensor, start_id: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of the `length` positions after each `start_id`, in document order.
 
-    `input_ids` [B, T] -> rows, columns, each int64 [n, length]. Raises `ValueError` when a block is cut off at the end."""
+    `input_ids`: int64 [B, T] -> rows, columns: int64 [n, length] each, for the n blocks of the
+    batch. `ValueError` if a block is cut off at the end."""
     rows, starts = (input_ids == start_id).nonzero(as_tuple=True)
     if len(starts) and starts.max() + length >= input_ids.shape[1]:
-        raise ValueError(f"a block of {length} slots is cut at token {input_ids.shape[1]}; encode documents with SlotLayout, which never cuts one")
-    columns = starts[:, None] + 1 + torch.arange(length, device=input_ids.device)
-    return rows[:, None].expand_as(columns), columns
+        raise ValueError(
+            f"a block of {length} slots is cut at token {input_ids.shape[1]}; encode documents "
+            "with SlotLayout, which never cuts one"
+        )
+    columns = rearrange(starts, "n -> n 1") + 1 + torch.arange(length, device=input_ids.device)
+    return repeat(rows, "n -> n length", length=length), columns
 
 
-def splice(embeddings, rows, columns, values):
-    """Put `values` [n, length, D] at the slots of `embeddings` [B, T, D]; the result carries gradients to both."""
+def splice(
+    embeddings: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """`embeddings` [B, T, D] with `values` [n, length, D] at the slots (DreamLLM, section 2.2).
+
+    `rows`, `columns`: int64 [n, length], as `slots_after` gives them. The result has the
+    embeddings' dtype and carries gradients to both."""
     return embeddings.index_put((rows, columns), values.to(embeddings.dtype))
 
 # %% ../../../nbs/06_queries.ipynb #92aacfd7
 class DreamQueries(nn.Module):
-    """Q learned vectors d [Q, D], drawn from N(0, 0.02) (DreamLLM, section 2.2; the same for every picture)."""
-    def __init__(self, num_queries, hidden_size, std=0.02):
+    """Q learned vectors d [Q, D], the same for every picture (DreamLLM, section 2.2).
+
+    `num_queries`: Q; `hidden_size`: D; `std`: standard deviation of the normal distribution from
+    which they are initialised (official `DreamEmbedding`)."""
+    def __init__(self, num_queries: int, hidden_size: int, std: float = 0.02):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_queries, hidden_size) * std)
 
-    def forward(self, n):
-        """n copies: [n, Q, D]."""
-        return self.weight.expand(n, -1, -1)
+    def forward(self, n: int) -> torch.Tensor:
+        """The queries for n pictures: [n, Q, D]."""
+        return repeat(self.weight, "q d -> n q d", n=n)
 
 # %% ../../../nbs/06_queries.ipynb #883644d1
 class ConditionProjector(nn.Module):
-    """Hidden states at the query slots [n, Q, D] -> the U-Net's cross-attention context [n, Q, C]: one linear layer, no bias."""
-    def __init__(self, hidden_size, cross_attention_dim):
+    """Hidden states at the query slots -> the U-Net's cross-attention context: one linear layer
+    without bias, as in the official code. `hidden_size`: D; `cross_attention_dim`: K."""
+    def __init__(self, hidden_size: int, cross_attention_dim: int):
         super().__init__()
         self.linear = nn.Linear(hidden_size, cross_attention_dim, bias=False)
 
-    def forward(self, states):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[n, Q, D] -> [n, Q, K]."""
         return self.linear(states)
