@@ -46,13 +46,8 @@ def add_training(command):
     p.add_argument("--steps", type=count, metavar="N", help="training steps instead of the part's own number")
     p.add_argument("--init", type=Path, metavar="FOLDER", help="parts from which clip (its vision tower), language or unet are trained further")
     p.add_argument("--compile", action="store_true", help="compile the U-Net, by far the longest training: worth its minute of waiting, needs a C++ compiler")
-    p = command("train", "the three stages, from pretrained parts", "dreamllm-edu train --steps 200 1000 500 --out .runs/short")
-    p.add_argument("--scale", choices=["mini"], default="mini", help="small and paper train with python -m dreamllm_edu.train")
-    p.add_argument("--parts", type=Path, metavar="FOLDER", help="the pretrained parts (default: the shipped ones)")
-    p.add_argument("--out", type=Path, default=Path(".runs/mini"), metavar="FOLDER", help="where the resumable state and trained.safetensors go")
-    p.add_argument("--steps", type=count, nargs="+", metavar="N", help="steps of each stage instead of the table's in notebook 10; fewer numbers, fewer stages")
-    p.add_argument("--init", type=Path, metavar="FILE", help="a trained.safetensors from which training goes on, with fresh learning rates")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights")
+    p = command("train", "train the stages of a recipe, from pretrained parts", "dreamllm-edu train --steps 200 1000 500 --out .runs/short")
+    p.add_argument("options", nargs=argparse.REMAINDER, help="the options of python -m dreamllm_edu.train; --help lists them")
 
 
 def add_plan(command: AddCommand) -> None:
@@ -203,27 +198,11 @@ def run_pretrain(args):
         pretraining.pretrain(part, args.out, args.runs, args.steps, init=args.init, compile=args.compile)
 
 
-def run_train(args):
-    from dreamllm_edu.files import write_text
-    from dreamllm_edu.models.dreamllm.weights import check_frozen_parts, load_trained, mini, mini_processor, save_trained
-    from dreamllm_edu.training.mixture import train
-    from dreamllm_edu.training.stage import STAGES
+def run_train(options: list[str]) -> int:
+    """`dreamllm-edu train`: the command of `dreamllm_edu.app.train`, with its `options`."""
+    from dreamllm_edu.app import train
 
-    stages = STAGES[args.scale][:args.steps and len(args.steps)]
-    if args.steps and len(args.steps) > len(stages):
-        raise ValueError(f"--steps: {len(args.steps)} numbers for {len(stages)} stages ({', '.join(stage.name for stage in stages)})")
-    model = mini(trained=False, parts=args.parts)
-    if args.init:
-        load_trained(model, args.init)
-        check_frozen_parts(model, args.init)
-    args.out.mkdir(parents=True, exist_ok=True)  # before the minutes of training, not after
-    def keep(stage, model, history):
-        save_trained(model, args.out / f"{stage.name}.safetensors")
-    histories = train(model, mini_processor(args.parts), stages, folder=args.out, steps=args.steps, seed=args.seed, after_stage=keep, views=12)
-    save_trained(model, args.out / "trained.safetensors")
-    made = {stage.name: {"steps": len(history), "seconds": history[-1]["seconds"]} for stage, history in zip(stages, histories)}
-    write_text(args.out / "training.json", json.dumps(made, indent=1) + "\n")
-    print(f"trained weights: {args.out / 'trained.safetensors'}, after {sum(m['steps'] for m in made.values()):,} steps, {sum(m['seconds'] for m in made.values()) / 3600:.1f} hours")
+    return train.main(options, prog="dreamllm-edu train")
 
 # %% ../../nbs/14_cli.ipynb #bdff81cb
 BATCH = 32  # documents of a JSONL file at once: a laptop's memory holds the cache of their keys and values
@@ -325,10 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     correct, 130 after Ctrl-C.
 
     `argv`: the arguments; None: those of the process."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["train"]:  # has a command line of its own, made from its settings
+        return run_train(argv[1:])
     args = parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark
-    commands = {"demo": run_demo, "pretrain": run_pretrain, "train": run_train, "plan": run_plan,
+    commands = {"demo": run_demo, "pretrain": run_pretrain, "plan": run_plan,
                 "generate": run_generate, "evaluate": run_evaluate}
     try:
         commands[args.command](args)

@@ -59,10 +59,10 @@ def curves(histories: Sequence[Sequence[Mapping[str, float]]], names: Sequence[s
     """Training losses of the stages, smoothed over 20 steps: one panel for text and one for
     pictures.
 
-    `histories`: for each stage one mapping per step, with `lm_loss` and `image_loss` where they
+    `histories`: for each stage one mapping per step, with `lm` and `image` where they
     were computed; `names`: the stages' names."""
     figure = Figure(figsize=(9, 3))
-    titles = {"lm_loss": "text: cross-entropy", "image_loss": "pictures: denoising loss"}
+    titles = {"lm": "text: cross-entropy", "image": "pictures: denoising loss"}
     for axis, (key, title) in zip(figure.subplots(1, 2), titles.items()):
         start = 0
         for history, name in zip(histories, names):

@@ -191,21 +191,21 @@ def record(folder: Path) -> dict[str, float]:
 # %% ../../nbs/19_full_scale.ipynb #d5e1a6af
 def main(argv: list[str] | None = None, prog: str = "python -m dreamllm_edu.train") -> int:
     """Entry point: 0 when done, 1 for an error with its reason, 130 after Ctrl-C or SIGTERM."""
-    rank, out = os.environ.get("RANK", "0"), None
+    where, out = f", rank {os.environ['RANK']}" if "RANK" in os.environ else "", None
     try:
         options, recipe = read_options(argv, prog)
         out = options.out
         train(options, recipe)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"dreamllm_edu.train, rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"\ndreamllm_edu.train, rank {rank}: {str(stop) or 'stopped'}", file=sys.stderr)
+        print(f"\n{prog}{where}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        print(f"dreamllm_edu.train, rank {rank}: the exchange with the other ranks broke ({str(error).splitlines()[0]}); if one of them died, "
+        print(f"{prog}{where}: the exchange with the other ranks broke ({str(error).splitlines()[0]}); if one of them died, "
               f"start again: training resumes from the last checkpoint in {out}", file=sys.stderr)
         return 1
     return 0
