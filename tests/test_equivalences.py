@@ -1,7 +1,7 @@
 """Two ways to the same result: where they differ, one of them is wrong."""
 import copy
-import json
 import pickle
+import signal
 from types import SimpleNamespace
 
 import diffusers
@@ -12,17 +12,18 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
 
-import dreamllm_edu.training.fit
-import dreamllm_edu.training.mixture
-import dreamllm_edu.training.stage
 from dreamllm_edu.documents.document import Document, Dream
+from dreamllm_edu.models.dreamllm.family import DreamLLMFamily
 from dreamllm_edu.parts.diffusion import decode_latents, sample_latents, scheduler_config, to_pictures
 from dreamllm_edu.parts.tokenizer import encode_text
 from dreamllm_edu.sequences import Layout
-from dreamllm_edu.training.fit import fit, trainable_state
-from dreamllm_edu.training.mixture import FeatureCache, Mixture, run_stage, train
+from dreamllm_edu.training.checkpoint import last_checkpoint
+from dreamllm_edu.training.features import FeatureStore, fill_store, fingerprint, row_of
+from dreamllm_edu.training.fit import fit
 from dreamllm_edu.training.recipe import corpora_of
-from dreamllm_edu.training.stage import Stage, set_trainable
+from dreamllm_edu.training.report import read_log
+from dreamllm_edu.training.stage import Settings, Stage, set_trainable
+from dreamllm_edu.training.trainer import Trainer, train_part
 
 from conftest import CONTEXT, PATCHES, QUERIES, lessons, make_tiny, picture
 
@@ -329,21 +330,23 @@ def test_features_given_are_pictures_given(processor, tiny):
         assert torch.equal(pictures[name], features[name]), name
 
 
-def test_the_feature_cache_holds_what_the_frozen_parts_say(processor, tiny, world):
-    mixture = Mixture(processor, small(world), ["edits"])
-    refs = mixture.refs()[:10]
-    cache = FeatureCache(tiny, processor, world, refs, batch=3)
-    pictures = [world.picture(r.ref) for r in refs]
-    assert torch.allclose(cache.images(refs[::-1]), tiny.encode_images(processor.pixels(pictures[::-1])), atol=2e-3), (
+def test_the_feature_store_holds_what_the_frozen_parts_compute(processor, tiny, world, tmp_path):
+    family, (edits,) = DreamLLMFamily(tiny, processor), corpora_of(EDITS, world=small(world))
+    store = FeatureStore(tmp_path, fingerprint(family), resident=True)
+    assert fill_store(store, family, [edits], batch=3, views=2, read_last=True)["broken"] == 0
+    rows = [row_of(record, family.layout, True) for record in edits.read("edits")][:4]
+    read, drawn = [[p for row in rows for p in getattr(row, role)] for role in ("images", "targets")]
+    pictures = [p.open() for p in read]
+    assert torch.allclose(store.read("features", read[::-1]).float(), tiny.encode_images(processor.pixels(pictures[::-1])), atol=2e-3), (
         "half precision, no more"
     )
-    drawn = torch.stack([cache.latents(refs[:4], torch.Generator().manual_seed(i)) for i in range(300)])
+    views = torch.stack([store.read("features", read, 2, torch.Generator().manual_seed(i)) for i in range(20)])
+    assert [len(views[:, n].float().unique(dim=0)) for n in range(len(read))] == [2] * len(read), "the picture and one altered copy"
     posterior = tiny.vae.encode(
-        torch.stack([torch.tensor(np.asarray(p)).permute(2, 0, 1) / 127.5 - 1 for p in pictures[:4]])
+        torch.stack([torch.tensor(np.asarray(p.open())).permute(2, 0, 1) / 127.5 - 1 for p in drawn])
     ).latent_dist
-    assert torch.allclose(drawn.mean(0), posterior.mean, atol=0.3) and torch.allclose(
-        drawn.std(0), posterior.std, rtol=0.3, atol=0.02
-    )
+    mean, std = (store.read("moments", drawn).float() / tiny.vae.config.scaling_factor).unbind(1)
+    assert torch.allclose(mean, posterior.mean, atol=2e-3) and torch.allclose(std, posterior.std, rtol=2e-3, atol=1e-3)
 
 
 def test_padding_changes_nothing(processor, tiny):
@@ -474,48 +477,55 @@ STAGE = Stage(
 )
 
 
+EDITS = Stage("edits", (), {"edits": 1.0}, 1e-3, 1, 4)
+
+
+
+def train_stage(model, processor, stage, world, folder=None, seed=0, **options):
+    """One stage on a small world; the rows of its log."""
+    settings = Settings(lanes=4, seed=seed, precision="bf16", betas=(0.9, 0.99), weight_decay=0.01)
+    family = DreamLLMFamily(model, processor)
+    return Trainer.of_stage(family, stage, corpora_of(stage, world=world), folder, settings, progress=False, **options).train()
+
+
 def test_a_stage_changes_what_it_trains_and_nothing_else(processor, tiny, world):
-    few = small(world)
-    mixture = Mixture(processor, few, ["edits", "pairs"])
-    cache = FeatureCache(tiny, processor, few, mixture.refs())
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
-    history = run_stage(tiny, STAGE, mixture, cache, progress=False)
+    history = train_stage(tiny, processor, STAGE, small(world))
     changed = {name.split(".")[0] for name, value in tiny.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == set(STAGE.trains) and len(history) == 4 and all(np.isfinite(row["loss"]) for row in history)
+    assert changed == set(STAGE.trains) and len(history) == 4 and all(np.isfinite(row["image"]) for row in history)
 
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_a_stage_of_no_steps_is_refused(steps, processor, tiny, world):
     with pytest.raises(ValueError, match=f"stage test: {steps} steps; give at least 1"):
-        run_stage(tiny, STAGE, None, None, steps=steps)
+        train_stage(tiny, processor, STAGE, small(world), steps=steps)
 
 
 def test_a_stage_of_texts_alone_needs_no_pictures(processor, tiny, world):
-    mixture = Mixture(processor, world, ["definitions"])
-    cache = FeatureCache(tiny, processor, world, mixture.refs())
-    stage = Stage("words", ("language_model",), {"definitions": 1.0}, 1e-3, 2, 3, warmup=1, ema_decay=0.9)
-    history = run_stage(tiny, stage, mixture, cache, progress=False)
-    assert len(history) == 2 and all(np.isfinite(row["lm_loss"]) and "image_loss" not in row for row in history)
+    stage = Stage("words", ("language_model",), {"definitions": 1.0}, 1e-3, 2, 4, warmup=1, ema_decay=0.9)
+    history = train_stage(tiny, processor, stage, world)
+    assert len(history) == 2 and all(np.isfinite(row["lm"]) and "image" not in row for row in history)
 
 
-def test_weight_decay_is_the_stages_own(processor, tiny, world, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        dreamllm_edu.training.mixture,
-        "fit",
-        lambda model, *a, weight_decay, **k: asked.append(weight_decay) or (model, []),
-    )
-    for decay in (0.0, 0.3):
-        run_stage(tiny, Stage(**{**vars(STAGE), "weight_decay": decay}), None, None)
-    assert asked == [0.0, 0.3]
-    assert all(stage.weight_decay == 0 for stage in dreamllm_edu.training.stage.STAGES["paper"])
+def test_weight_decay_is_what_the_settings_say(processor, world):
+    """With a learning rate of 0.1 and no gradient to speak of, decay 0.5 takes a twentieth of a weight in one step."""
+    moved = []
+    for decay in (0.0, 0.5):
+        model = make_tiny()
+        before = model.dream_queries.weight.detach().clone()
+        stage = Stage("test", ("dream_queries",), {"pairs/draw": 1.0}, 0.1, 1, 4, warmup=0, ema_decay=0.0)
+        family = DreamLLMFamily(model, processor)
+        settings = Settings(lanes=4, weight_decay=decay)
+        Trainer.of_stage(family, stage, corpora_of(stage, world=small(world)), settings=settings, progress=False).train()
+        moved.append((before, model.dream_queries.weight.detach()))
+    torch.testing.assert_close(moved[0][1] - moved[1][1], 0.1 * 0.5 * moved[0][0], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("trains", [("dream_queries",), ("language_model", "visual_projector"), ()])
 def test_set_trainable(trains, tiny):
     set_trainable(tiny, Stage("any", trains, {}, 1e-3, 1, 1, lm_loss_weight=2.0, image_loss_weight=3.0))
-    assert {name.split(".")[0] for name in trainable_state(tiny)} == set(trains)
-    assert (tiny.config.lm_loss_weight, tiny.config.image_loss_weight) == (2.0, 3.0)
+    assert {name.split(".")[0] for name, p in tiny.named_parameters() if p.requires_grad} == set(trains)
+    assert (tiny.config.lm_loss_weight, tiny.config.image_loss_weight) == (1.0, 10.0), "a stage's weights are not the model's"
 
 
 def test_condition_dropout_trains_the_null_condition(processor, tiny):
@@ -542,14 +552,14 @@ def test_condition_dropout_trains_the_null_condition(processor, tiny):
 # ---------------------------------------------------------------- stopping and going on
 
 class Stop:
-    """A loss that is interrupted once, before the step `at` is made."""
+    """A loss during whose step `at` Ctrl-C comes, once: the run stops after `at` steps."""
     def __init__(self, loss, at):
         self.loss, self.at = loss, at
 
     def __call__(self, model, step, generator):
-        if step == self.at:
+        if step + 1 == self.at:
             self.at = None
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return self.loss(model, step, generator)
 
 
@@ -577,68 +587,48 @@ def tiny_loss(processor):
 
 
 def losses_of(history):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
-
-
-def forget_the_run(path):
-    """A state as former versions wrote it, which does not say what it belongs to."""
-    torch.save({**torch.load(path, weights_only=True), "run": {}}, path)
+    measured = ("seconds", "samples_per_second", "tokens_per_second", "memory_mb")
+    return [{k: v for k, v in row.items() if k not in measured} for row in history]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_resumed_training_is_uninterrupted_training(precision, processor, tmp_path):
-    """DreamLLM, bit for bit: weights, average, losses; stopped between two saves, and after one."""
-    options = dict(
-        steps=6,
-        learning_rate=1e-3,
-        seed=3,
-        warmup=2,
-        ema_decay=0.9,
-        mixed_precision=precision,
-        save_every=2,
-        progress=False,
-    )
+    """DreamLLM, bit for bit: weights, losses; stopped between two saves, and after one."""
+    options = dict(steps=6, learning_rate=1e-3, seed=3, warmup=2, ema_decay=0.9, precision=precision, save_every=2, progress=False)
     loss = tiny_loss(processor)
-    whole_model = make_tiny()
-    whole, history = fit(whole_model, loss, folder=tmp_path / "whole", **options)
+    whole, history = train_part(make_tiny(), loss, folder=tmp_path / "whole", **options)
     interrupted = Stop(loss, 3)
     with pytest.raises(KeyboardInterrupt, match="3 of 6"):
-        fit(make_tiny(), interrupted, folder=tmp_path / "parts", **options)
-    interrupted.at, strange = 4, make_tiny()
+        train_part(make_tiny(), interrupted, folder=tmp_path / "parts", **options)
+    interrupted.at, other = 4, make_tiny()
     with torch.no_grad():
-        for value in trainable_state(strange).values():
+        for value in other.parameters():
             value.add_(1)  # another start
     with pytest.raises(ValueError, match="another starting weights"):
-        fit(strange, interrupted, folder=tmp_path / "parts", **options)
-    forget_the_run(tmp_path / "parts" / "state.pt")
+        train_part(other, interrupted, folder=tmp_path / "parts", **options)
     with pytest.raises(KeyboardInterrupt, match="4 of 6"):
-        fit(strange, interrupted, folder=tmp_path / "parts", **options)
-    forget_the_run(tmp_path / "parts" / "state.pt")  # equal in the end: everything that trains comes from the folder
-    again_model = make_tiny()
-    again, again_history = fit(again_model, loss, folder=tmp_path / "parts", **options)
+        train_part(make_tiny(), interrupted, folder=tmp_path / "parts", **options)
+    again, again_history = train_part(make_tiny(), loss, folder=tmp_path / "parts", **options)
     assert losses_of(again_history) == losses_of(history) and [row["step"] for row in history] == list(range(6))
-    for one, two in ((whole, again), (whole_model, again_model)):
-        assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
     assert not all(torch.equal(v, make_tiny().state_dict()[k]) for k, v in whole.state_dict().items()), (
         "something must have been learned"
     )
-    assert losses_of(
-        json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
-    ) == losses_of(history)
+    assert losses_of(read_log(tmp_path / "parts" / "log.jsonl")) == losses_of(history)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-@pytest.mark.parametrize("at", [0, 1, 7, None])
+@pytest.mark.parametrize("at", [1, 2, 7, None])
 def test_a_net_that_counts_resumes_too(ema_decay, at, tmp_path):
     """Batch norm's running mean and variance are no parameters, but the judge is worth nothing without them. `at=None`: the second call finds all steps made."""
-    options = dict(steps=9, learning_rate=1e-2, warmup=2, ema_decay=ema_decay, mixed_precision="no", progress=False)
-    whole, history = fit(Counting(), noisy_loss, **options)
+    options = dict(steps=9, learning_rate=1e-2, warmup=2, ema_decay=ema_decay, precision="no", progress=False)
+    whole, history = train_part(Counting(), noisy_loss, **options)
     if at is None:
-        fit(Counting(), noisy_loss, folder=tmp_path, **options)
+        train_part(Counting(), noisy_loss, folder=tmp_path, **options)
     else:
         with pytest.raises(KeyboardInterrupt):
-            fit(Counting(), Stop(noisy_loss, at), folder=tmp_path, **options)
-    again, again_history = fit(Counting(), noisy_loss, folder=tmp_path, **options)
+            train_part(Counting(), Stop(noisy_loss, at), folder=tmp_path, **options)
+    again, again_history = train_part(Counting(), noisy_loss, folder=tmp_path, **options)
     assert losses_of(history) == losses_of(again_history)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), f"{name} differs after resuming"
@@ -646,40 +636,33 @@ def test_a_net_that_counts_resumes_too(ema_decay, at, tmp_path):
 
 
 def test_all_stages_resume(processor, world, tmp_path):
-    """`train`, stopped inside the second stage."""
+    """Two stages, stopped inside the second."""
     few = small(world)
-    stages = [
-        STAGE,
-        Stage("second", STAGE.trains + ("language_model",), {"pairs": 1.0}, 1e-3, 4, 4, warmup=1, ema_decay=0.9),
-    ]
-    job = lambda model, folder: train(model, processor, stages, few, folder, seed=2, progress=False)
-    whole = make_tiny()
+    second = Stage("second", STAGE.trains + ("language_model",), {"pairs": 1.0}, 1e-3, 4, 4, warmup=1, ema_decay=0.9)
+
+    def job(model, folder, **options):
+        return [losses_of(train_stage(model, processor, stage, few, folder / stage.name, 2, **options)) for stage in (STAGE, second)]
+
+    def stop(step, trainer):
+        if trainer.task.name == "stage second" and step == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    whole, again = make_tiny(), make_tiny()
     histories = job(whole, tmp_path / "whole")
-    stopped, calls = make_tiny(), []
-    forward = stopped.forward
-
-    def tired(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return forward(*args, **kwargs)
-
-    stopped.forward = tired
     with pytest.raises(KeyboardInterrupt, match="stage second stopped after 2 of 4"):
-        job(stopped, tmp_path / "parts")
-    again = make_tiny()
-    assert [losses_of(h) for h in job(again, tmp_path / "parts")] == [losses_of(h) for h in histories]
+        job(make_tiny(), tmp_path / "parts", on_step=stop)
+    assert job(again, tmp_path / "parts") == histories
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
-    options = dict(steps=4, learning_rate=1e-2, folder=tmp_path, mixed_precision="no", progress=False)
-    one, _ = fit(Counting(), noisy_loss, **options)
+    options = dict(steps=4, learning_rate=1e-2, folder=tmp_path, precision="no", progress=False)
+    one, _ = train_part(Counting(), noisy_loss, **options)
 
     def never(*_):
         raise AssertionError("a finished run made another step")
 
-    two, history = fit(Counting(), never, **options)
+    two, history = train_part(Counting(), never, **options)
     assert len(history) == 4 and torch.equal(one.net[0].weight, two.net[0].weight)
 
 
@@ -693,22 +676,22 @@ def test_a_loss_that_is_not_finite_stops_and_changes_nothing(bad, tmp_path):
         return {"loss": value * bad if step == 3 else value}
 
     with pytest.raises(FloatingPointError, match="step 3"):
-        fit(net, loss, 6, 1e-2, folder=tmp_path, save_every=2, mixed_precision="no", progress=False)
+        train_part(net, loss, 6, 1e-2, folder=tmp_path, save_every=2, precision="no", progress=False)
     assert len(seen) == 4
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in seen[-1].items()), "the bad step changed the weights"
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2, "the last checkpoint stays"
+    assert last_checkpoint(tmp_path)[1]["step"] == 2, "the last checkpoint stays"
 
 
 def test_a_gradient_that_is_not_finite_stops_and_changes_nothing():
     net = nn.Linear(1, 1)
     before = net.weight.detach().clone()
     with pytest.raises(FloatingPointError):
-        fit(
+        train_part(
             net,
             lambda m, s, g: {"loss": (m(torch.zeros(1, 1)) * 0).sum().sqrt()},
             2,
             1e-2,
-            mixed_precision="no",
+            precision="no",
             progress=False,
         )
     assert torch.equal(before, net.weight)
@@ -717,7 +700,7 @@ def test_a_gradient_that_is_not_finite_stops_and_changes_nothing():
 def test_training_leaves_the_model_in_full_precision(processor, tiny):
     """After bf16 training the model must answer as a freshly loaded one would."""
     loss = tiny_loss(processor)
-    fit(tiny, loss, 1, 1e-3, mixed_precision="bf16", progress=False)
+    train_part(tiny, loss, 1, 1e-3, precision="bf16", progress=False)
     fresh = make_tiny()
     fresh.load_state_dict(tiny.state_dict())
     batch, draws = processor(lessons()), {**fixed_draws(3), "vae_noise": torch.zeros(3, 4, 8, 8)}
@@ -728,7 +711,7 @@ def test_the_average_answers_with_its_own_weights(processor):
     """Also the second time the same model is trained: its copy must not call the original's forward."""
     model, loss = make_tiny(), tiny_loss(processor)
     for _ in range(2):
-        average, _ = fit(model, loss, 3, 1e-2, warmup=1, ema_decay=0.99, mixed_precision="no", progress=False)
+        average, _ = fit(model, loss, 3, 1e-2, warmup=1, ema_decay=0.99, progress=False)
     fresh = make_tiny()
     fresh.load_state_dict(average.state_dict())
     batch, draws = processor(lessons()), {**fixed_draws(3), "vae_noise": torch.zeros(3, 4, 8, 8)}
@@ -750,7 +733,6 @@ def test_learning_learns(processor):
         30,
         3e-2,
         warmup=3,
-        mixed_precision="no",
         progress=False,
     )
     assert history[-1]["loss"] < history[0]["loss"] - 0.01
