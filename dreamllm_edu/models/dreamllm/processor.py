@@ -120,8 +120,8 @@ def content_part(item: Any, where: str) -> str | Image.Image | Dream:
         part = {"text": item.get("text"), "image": picture, "dream": Dream()}[kind]
     expected = {"text": str, "image": Image.Image}.get(kind, (str, Image.Image, Dream))
     if not isinstance(part, expected):
-        raise ValueError(f"{where}: {kind or 'the content'} is a {type(part).__name__}; a content is a "
-                         f"str or a list of {CONTENT_TYPES}")
+        raise ValueError(f"{where}: {kind or 'the content'} is a {type(part).__name__}; a content "
+                         f"is a str or a list of {CONTENT_TYPES}")
     return part
 
 
@@ -164,7 +164,8 @@ def check_roles(conversation: Any) -> list[dict[str, Any]]:
         role, expected = message.get("role"), ("user", "assistant")[i % 2]
         if role not in ("user", "assistant"):
             raise ValueError(f"message {i}: unknown role {role!r}; the roles are 'user' and "
-                             "'assistant' (no system messages: write instructions into the user's text)")
+                             "'assistant' (no system messages: write instructions into the "
+                             "user's text)")
         if role != expected:
             raise ValueError(f"message {i}: role {role!r} where {expected!r} is expected; the "
                              "roles alternate, and the user begins")
