@@ -331,7 +331,7 @@ def measure(config, stage, micro_batch=1, length=None, pictures=1, checkpointing
 
 def _plain(stage):
     """A stage as far as it decides what a step computes, so that stages II and III are measured once."""
-    return Stage("", tuple(stage.trains), {}, 0.0, 0, 0, stage.lm_loss_weight, stage.image_loss_weight)
+    return Stage("", tuple(stage.trains), (), 0.0, 0, 0, stage.lm_loss_weight, stage.image_loss_weight)
 
 # %% ../nbs/18_planner.ipynb #b5995e2d
 PEAK_TFLOPS = {"a100": 312, "a800": 312, "h100": 989, "rtx4090": 165}  # dense bfloat16, makers' data sheets (H100: SXM)

@@ -24,6 +24,7 @@ from ..documents.document import Document
 from ..files import write_text
 from ..models import families
 from ..models.base import Family
+from ..training.batches import check_batch
 from ..training.features import FeatureStore, fill_store, fingerprint
 from ..training.ranks import barrier, rank_and_world
 from ..training.recipe import Recipe, corpora_of, find_recipe, read_recipe
@@ -166,7 +167,8 @@ def train(options: Options, recipe: Recipe) -> None:
     """Train one stage or all of a recipe, with errors as exceptions. After all stages the weights
     also lie in OUT/trained.safetensors, beside `training.json` (steps and seconds of each stage)."""
     first = options.stage or 1
-    corpora_of(recipe.stages[first - 1], options.data, options.network)  # says what is missing before anything is loaded
+    stage = recipe.stages[first - 1]  # what cannot work is said before anything is loaded
+    check_batch(stage, corpora_of(stage, options.data, options.network), recipe.settings)
     initial_weights(options, recipe, first)
     accelerator, settings = start_processes(options, recipe.settings)
     if options.trackers:

@@ -65,6 +65,10 @@ class VAEMoments:
     def pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
         return torch.stack([picture_tensor(p, self.size) for p in pictures])
 
+    def altered(self, pictures: list[Image.Image], mirror: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Unaltered: a picture that is drawn is learned as it is."""
+        return self.pixels(pictures)
+
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         vae = self.model.vae
