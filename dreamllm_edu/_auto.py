@@ -16,7 +16,7 @@ import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Sequence
+from collections.abc import Sequence
 
 from ._moved import real_spec, run_after
 

@@ -8,7 +8,7 @@ import importlib.machinery
 import sys
 import warnings
 from types import CodeType, ModuleType
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 MOVED = {  # old module -> the modules that hold its names now; all below `dreamllm_edu`
     "cli": ["app.cli"],

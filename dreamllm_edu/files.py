@@ -7,9 +7,10 @@ __all__ = ['checksum', 'HERE', 'WEIGHTS', 'data_folder', 'atomic_write', 'write_
 
 # %% ../nbs/19_full_scale.ipynb #3410c922
 import zlib
+from pathlib import Path
 
 # %% ../nbs/19_full_scale.ipynb #dc300ffd
-def checksum(path):
+def checksum(path: Path) -> int:
     """CRC-32 of a file, read in pieces."""
     value = 0
     with path.open("rb") as file:

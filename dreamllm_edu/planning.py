@@ -14,7 +14,9 @@ import json
 import math
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -29,6 +31,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .files import WEIGHTS, read_json
 from .models.dreamllm.config import DreamLLMConfig
+from .models.dreamllm.family import recompute_activations
 from .models.dreamllm.model import DreamLLM
 from .models.dreamllm.official import paper_config
 from .parts.loading import plain_config, quiet
@@ -62,14 +65,14 @@ def _small_config():
 SCALES = {"mini": _mini_config, "small": _small_config, "paper": paper_config}
 
 
-def scale_config(scale):
+def scale_config(scale: str) -> DreamLLMConfig:
     """`DreamLLMConfig` of `mini`, `small` or `paper`; `ValueError` for another name. No weight is read and nothing is downloaded."""
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: use one of {', '.join(SCALES)}")
     return SCALES[scale]()
 
 # %% ../nbs/18_planner.ipynb #c6043fe9
-def rows_of(rows, world, rank=0):
+def rows_of(rows: int, world: int, rank: int = 0) -> int:
     """How many of `rows` rank `rank` of `world` gets: what `torch.chunk`, and so `fully_shard`, gives it."""
     each = -(-rows // world)
     return max(0, min(each, rows - rank * each))
@@ -83,7 +86,7 @@ class Weight:
     part: str
     unit: str
 
-    def numel(self, world=1, rank=0):
+    def numel(self, world: int = 1, rank: int = 0) -> int:
         """Numbers on one rank."""
         return rows_of(self.shape[0], world, rank) * math.prod(self.shape[1:])
 
@@ -99,7 +102,7 @@ def _weights(config_json):
     return tuple(Weight(name, tuple(p.shape), name.split(".")[0], unit(name)) for name, p in model.named_parameters())
 
 
-def weights_of(config):
+def weights_of(config: DreamLLMConfig) -> tuple[Weight, ...]:
     """Every parameter of the model, tied ones once, as `Weight`s; from the meta device, so that no size costs memory."""
     return _weights(config.to_json_string(use_diff=False))
 
@@ -108,12 +111,15 @@ FROZEN = DreamLLM.frozen_parts
 PARALLEL = ("single", "ddp", "fsdp2")
 
 
-def stages_of(scale):
+def stages_of(scale: str) -> tuple[Stage, ...]:
     """The stages of a scale, from its recipe."""
     return recipe_of(scale).stages
 
 
-def state_bytes(config, stage, world=1, parallel="fsdp2", param_dtype=torch.float32, frozen_dtype=torch.bfloat16, frozen=FROZEN, rank=0):
+def state_bytes(config: DreamLLMConfig, stage: Stage, world: int = 1, parallel: str = "fsdp2",
+                param_dtype: torch.dtype = torch.float32,
+                frozen_dtype: torch.dtype = torch.bfloat16, frozen: tuple[str, ...] = FROZEN,
+                rank: int = 0) -> dict[str, int]:
     """Bytes that lie on one rank during all of a stage, by item; exact, but for a few kB of buffers.
 
     `stage`: a `Stage`; `world`: number of GPUs; `parallel`: "fsdp2" shards the language model, queries and projectors, "ddp" and "single" do not.
@@ -132,7 +138,8 @@ def state_bytes(config, stage, world=1, parallel="fsdp2", param_dtype=torch.floa
             "frozen parts": whole}
 
 # %% ../nbs/18_planner.ipynb #127e6e65
-def gathered_bytes(config, stage, world=1, parallel="fsdp2", compute_dtype=torch.bfloat16):
+def gathered_bytes(config: DreamLLMConfig, stage: Stage, world: int = 1, parallel: str = "fsdp2",
+                   compute_dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """Bytes of weights and gradients that are whole only for a moment, by item: an upper bound.
 
     "fsdp2": the root's weights, two layers (one computes, one is fetched), the root's gradients; one layer's gradients, and in float32 what is
@@ -176,7 +183,7 @@ class LiveBytes(TorchDispatchMode):
                 self.add(tensor.untyped_storage())
         return out
 
-    def add(self, storage):
+    def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.known and key not in self.sizes:
             self.sizes[key] = storage.nbytes()
@@ -184,7 +191,7 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.drop, key)
 
-    def drop(self, key):
+    def drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
 
 
@@ -198,21 +205,22 @@ class SavedBytes(saved_tensors_hooks):
         super().__enter__()
         return self
 
-    def keep(self, tensor):
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.sizes[storage._cdata] = storage.nbytes()
         return tensor
 
     @property
-    def total(self):
+    def total(self) -> float:
         return sum(self.sizes.values())
 
 # %% ../nbs/18_planner.ipynb #c6797a3f
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def token_batch(config, micro_batch=1, length=None, pictures=1):
+def token_batch(config: DreamLLMConfig, micro_batch: int = 1, length: int | None = None,
+                pictures: int = 1) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask`, `labels`, real int64 [B, T]: each document draws and reads `pictures` pictures, the rest is text to learn.
 
     `length`: tokens a document, by default the whole context. `ValueError` if the pictures do not fit or the document is longer than the context."""
@@ -229,7 +237,7 @@ def token_batch(config, micro_batch=1, length=None, pictures=1):
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
-def picture_batch(config, n, dtype, cached=False):
+def picture_batch(config: DreamLLMConfig, n: int, dtype: torch.dtype, cached: bool = False) -> dict[str, torch.Tensor]:
     """Inputs for n pictures: pixels, or with `cached` what the frozen encoders say of them; noise, times, and no dropped condition."""
     side, channels = config.unet_config["sample_size"], config.unet_config.get("in_channels", 4)
     seen, drawn = config.vision_config.image_size, side * 2 ** (len(config.vae_config["block_out_channels"]) - 1)
@@ -251,23 +259,21 @@ def _fake_model(config_json, dtype):
         torch.set_default_dtype(before)
 
 
-def fake_model(config, stage, checkpointing=False, precision="bf16"):
+def fake_model(config: DreamLLMConfig, stage: Stage, checkpointing: bool = False,
+               precision: str = "bf16") -> tuple[DreamLLM, FakeTensorMode]:
     """A full-size model without memory, ready for a stage, and the mode its tensors belong to. It is made once for each size, and shared."""
     if precision not in DTYPES:
         raise ValueError(f"precision={precision!r}: use one of {', '.join(DTYPES)}")
     model, mode = _fake_model(config.to_json_string(use_diff=False), DTYPES[precision])
     set_trainable(model, stage)
     model.zero_grad(set_to_none=True)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.unet.enable_gradient_checkpointing()
-    else:
-        model.activation_checkpointing_disable()
-        model.unet.disable_gradient_checkpointing()
+    recompute_activations(model, checkpointing)
     return model.train(), mode
 
 
-def fake_batch(config, mode, micro_batch=1, length=None, pictures=1, precision="bf16", cached=False):
+def fake_batch(config: DreamLLMConfig, mode: FakeTensorMode, micro_batch: int = 1,
+               length: int | None = None, pictures: int = 1, precision: str = "bf16",
+               cached: bool = False) -> dict:
     """A whole batch for the fake model: real tokens, fake pictures."""
     n = micro_batch * pictures
     with mode:
@@ -320,7 +326,9 @@ def _measured(config_json, stage, micro_batch, length, pictures, checkpointing, 
     return {"saved": saved.total, "peak": live.peak, "forward_flops": forward, "flops": counter.total}
 
 
-def measure(config, stage, micro_batch=1, length=None, pictures=1, checkpointing=False, precision="bf16", cached=False):
+def measure(config: DreamLLMConfig, stage: Stage, micro_batch: int = 1, length: int | None = None,
+            pictures: int = 1, checkpointing: bool = False, precision: str = "bf16",
+            cached: bool = False) -> dict[str, float]:
     """One fake training step of `micro_batch` documents: bytes `saved` for backward, bytes at the `peak` (both without weights and gradients),
     `forward_flops` and `flops` of the whole step, as executed. `cached`: pictures come as features, so CLIP and VAE do not run.
 
@@ -353,11 +361,11 @@ class StagePlan:
     headroom: float
 
     @property
-    def total(self):
+    def total(self) -> float:
         return sum(self.items.values())
 
     @property
-    def fits(self):
+    def fits(self) -> bool:
         return self.headroom >= 0
 
 
@@ -370,10 +378,10 @@ class Plan:
     cache_bytes: dict
 
     @property
-    def fits(self):
+    def fits(self) -> bool:
         return all(stage.fits for stage in self.stages)
 
-    def table(self):
+    def table(self) -> str:
         """A text table, one column a stage."""
         gigabytes = lambda n: f"{n / 1e9:,.2f} GB"
         rows = [(item, [gigabytes(s.items[item]) for s in self.stages]) for item in self.stages[0].items]
@@ -391,20 +399,22 @@ class Plan:
     __str__ = table
 
 # %% ../nbs/18_planner.ipynb #07bf9dd1
-def cache_bytes(config):
+def cache_bytes(config: DreamLLMConfig) -> dict[str, int]:
     """Bytes on disk for one picture in half precision: CLIP's features [N, V], and mean and spread of the VAE's latent, each [Z, h, w]."""
     side, channels = config.unet_config["sample_size"], config.unet_config.get("in_channels", 4)
     return {"CLIP features": 2 * config.num_patches * config.vision_config.hidden_size, "VAE latents": 2 * 2 * channels * side**2}
 
 
-def memory_line(config, stage, **options):
+def memory_line(config: DreamLLMConfig, stage: Stage, **options: Any) -> Callable[[int], float]:
     """Bytes of activations as a function of the micro batch: the line through what is measured at one and at two."""
     one, two = (measure(config, stage, batch, **options)["peak"] for batch in (1, 2))
     return lambda batch: one + (batch - 1) * (two - one)
 
 
-def plan_stage(config, stage, gpus, budget, micro_batch=None, precision="bf16", checkpointing=True, parallel="fsdp2", speed=1e14, length=None,
-               pictures=1, cached=False):
+def plan_stage(config: DreamLLMConfig, stage: Stage, gpus: int, budget: float,
+               micro_batch: int | None = None, precision: str = "bf16", checkpointing: bool = True,
+               parallel: str = "fsdp2", speed: float = 1e14, length: int | None = None,
+               pictures: int = 1, cached: bool = False) -> StagePlan:
     """`StagePlan` for GPUs of `budget` usable bytes that compute `speed` FLOPs a second each."""
     how = dict(length=length, pictures=pictures, checkpointing=checkpointing, precision=precision, cached=cached)
     dtype, frozen = DTYPES[precision], ("unet",) if cached else FROZEN
@@ -421,7 +431,7 @@ def plan_stage(config, stage, gpus, budget, micro_batch=None, precision="bf16", 
                      stage.steps * stage.batch * flops / (gpus * speed) / 3600, budget - sum(items.values()))
 
 # %% ../nbs/18_planner.ipynb #b2729688
-def find_stage(scale, stage):
+def find_stage(scale: str, stage: Stage | int | str) -> Stage:
     """A `Stage` by its number (from 1), its name, or itself; `ValueError` for another."""
     stages = stages_of(scale)
     if isinstance(stage, Stage):
@@ -432,7 +442,8 @@ def find_stage(scale, stage):
     return named[stage]
 
 
-def check_cluster(scale, gpus, gpu_memory, micro_batch, precision, parallel, utilisation, device, reserve):
+def check_cluster(scale: str, gpus: int, gpu_memory: float, micro_batch: int, precision: str,
+                  parallel: str, utilisation: float, device: str | float, reserve: float) -> float:
     """TFLOP/s of one GPU; `ValueError` for what cannot be planned."""
     peak = PEAK_TFLOPS.get(device, device)
     if isinstance(peak, str) or peak <= 0:
@@ -448,8 +459,11 @@ def check_cluster(scale, gpus, gpu_memory, micro_batch, precision, parallel, uti
     return peak
 
 
-def plan(scale="paper", stage=None, gpus=8, gpu_memory=80, micro_batch=None, precision="bf16", checkpointing=True, parallel="fsdp2", utilisation=0.4,
-         device="a100", length=None, pictures=1, cached=False, reserve=0.1):
+def plan(scale: str = "paper", stage: Stage | int | str | None = None, gpus: int = 8,
+         gpu_memory: float = 80, micro_batch: int | None = None, precision: str = "bf16",
+         checkpointing: bool = True, parallel: str = "fsdp2", utilisation: float = 0.4,
+         device: str | float = "a100", length: int | None = None, pictures: int = 1,
+         cached: bool = False, reserve: float = 0.1) -> Plan:
     """What a training of `scale` needs on `gpus` GPUs of `gpu_memory` GB (10^9 bytes): a `Plan`, for one `stage` (1 to 3, or its name) or for all.
 
     Without `micro_batch` the largest that fits and divides the batch evenly. `device`: a name in `PEAK_TFLOPS` or dense TFLOP/s of one GPU (the names
@@ -468,7 +482,9 @@ def plan(scale="paper", stage=None, gpus=8, gpu_memory=80, micro_batch=None, pre
     return Plan(title, assumed, tuple(found), cache_bytes(config))
 
 # %% ../nbs/18_planner.ipynb #fa01ebe5
-def dry_run(scale="paper", stage=2, micro_batch=1, length=None, pictures=1, checkpointing=False, precision="bf16", cached=False):
+def dry_run(scale: str = "paper", stage: Stage | int | str = 2, micro_batch: int = 1,
+            length: int | None = None, pictures: int = 1, checkpointing: bool = False,
+            precision: str = "bf16", cached: bool = False) -> dict:
     """One training step of a full-size model with fake tensors; nothing is allocated. Returns a report:
 
     `shapes` of logits, conditions, hidden states, U-Net latents; `parameters` in all, `trained` and `with_gradient` (numbers); `wrong`: names of

@@ -9,4 +9,4 @@
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_PER_NODE:-8}" --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d \
-  --rdzv-endpoint="$head:29500" -m dreamllm_edu.train --parallel fsdp2 "$@"
+  --rdzv-endpoint="$head:29500" -m dreamllm_edu.train --strategy fsdp2 "$@"

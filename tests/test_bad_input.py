@@ -28,7 +28,10 @@ from dreamllm_edu.models.dreamllm.weights import assemble, load_trained, save_tr
 from dreamllm_edu.parts.diffusion import sample_latents, scheduler_config
 from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS, encode_text
 from dreamllm_edu.parts.vision import clip_config
-from dreamllm_edu.training.fit import fit, save_state, trainable_state
+from dreamllm_edu.training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from dreamllm_edu.training.report import read_log
+from dreamllm_edu.training.strategies import Strategy
+from dreamllm_edu.training.trainer import train_part
 
 from conftest import CONTEXT, PATCHES, QUERIES, ROOT, full_disk, make_tiny, picture
 
@@ -955,7 +958,7 @@ def test_a_name_too_long_for_a_disk_is_a_bad_picture():
 
 def test_a_model_on_another_device_is_told_where_to_train():
     with pytest.raises(ValueError, match=r"model\.to\('cpu'\).*dreamllm_edu\.train"):
-        fit(torch.nn.Linear(2, 2, device="meta"), lambda m, s, g: {}, 1, 1e-3, progress=False)
+        train_part(torch.nn.Linear(2, 2, device="meta"), lambda m, s, g: {}, 1, 1e-3, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -992,12 +995,43 @@ def test_full_disk_leaves_the_old_trained_weights(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
-def test_full_disk_leaves_the_old_training_state(tmp_path):
-    save_state(tmp_path / "state.pt", {"step": 1, "weights": torch.ones(5000)})
+def shares_of(**tensors):
+    return {f"model/{name}": Strategy().share(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("limit", [4096, 100], ids=["tensors", "manifest"])
+def test_full_disk_leaves_the_old_training_checkpoint(limit, tmp_path):
+    """Neither the tensors nor, where these are few, what is written last: the manifest."""
+    n = 5000 if limit > 1000 else 1
+    save_checkpoint(tmp_path, shares_of(w=torch.ones(n)), {"step": 1}, keep=1)
     before = fingerprint(tmp_path)
-    with full_disk(), pytest.raises(OSError, match="untouched"):
-        save_state(tmp_path / "state.pt", {"step": 2, "weights": torch.zeros(5000)})
+    with full_disk(limit), pytest.raises(OSError, match="untouched"):
+        save_checkpoint(tmp_path, shares_of(w=torch.zeros(n)), {"step": 2}, keep=1)
     assert fingerprint(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "no rubbish stays on the full disk"
+
+
+def test_a_disk_that_is_full_during_training_costs_no_step_before_the_last_checkpoint(tmp_path):
+    layer = torch.nn.Linear(40, 40)
+    begun = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    teach = lambda module, **more: train_part(
+        module, lambda m, s, g: {"loss": m(torch.randn(4, 40, generator=g)).square().mean()}, 4, 1e-3,
+        folder=tmp_path, warmup=1, precision="no", save_every=2, progress=False, **more,
+    )
+
+    def fill(step, trainer):
+        if step == 2:
+            raise MemoryError
+    with pytest.raises(MemoryError):
+        teach(layer, on_step=fill)
+    before = fingerprint(tmp_path / "step-00000002")
+    layer.load_state_dict(begun)
+    with full_disk(), pytest.raises(OSError, match="could not save .*step-00000004.*untouched"):
+        teach(layer)
+    assert fingerprint(tmp_path / "step-00000002") == before and not list(tmp_path.glob(".step*"))
+    assert last_checkpoint(tmp_path)[1]["step"] == 2
+    layer.load_state_dict(begun)
+    assert [row["step"] for row in teach(layer)[1]] == [0, 1, 2, 3]
 
 
 def test_full_disk_leaves_the_old_documents(tmp_path):
@@ -1012,19 +1046,20 @@ def test_any_refused_write_leaves_the_old_files(tmp_path, monkeypatch):
     """The same, with the error put in by hand: it also covers systems whose full disk looks different."""
     import dreamllm_edu.files
     import dreamllm_edu.models.dreamllm.weights
+    import dreamllm_edu.training.checkpoint
 
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
     make_tiny(1).save_pretrained(tmp_path / "a")
-    save_state(tmp_path / "state.pt", {"step": 1})
+    save_checkpoint(tmp_path / "run", shares_of(w=torch.ones(3)), {"step": 1}, keep=1)
     save_trained(make_tiny(1), tmp_path / "t.safetensors")
     before = fingerprint(tmp_path)
-    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(dreamllm_edu.training.checkpoint, "save_file", refuse)
     monkeypatch.setattr(dreamllm_edu.files, "save_file", refuse)
     monkeypatch.setattr(dreamllm_edu.models.dreamllm.weights.PreTrainedModel, "save_pretrained", refuse)
     for job in (
-        lambda: save_state(tmp_path / "state.pt", {"step": 2}),
+        lambda: save_checkpoint(tmp_path / "run", shares_of(w=torch.zeros(3)), {"step": 2}, keep=1),
         lambda: save_trained(make_tiny(2), tmp_path / "t.safetensors"),
         lambda: make_tiny(2).save_pretrained(tmp_path / "a"),
     ):
@@ -1042,36 +1077,122 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("state", ["bomb", "cut", "empty", "text", "other", "list"])
-def test_a_bad_training_state_is_a_clear_error_and_runs_no_code(state, tmp_path):
-    layer, path = torch.nn.Linear(2, 2), tmp_path / "run" / "state.pt"
-    path.parent.mkdir()
-    good = io.BytesIO()
-    torch.save(
-        {"model": trainable_state(layer), "ema": trainable_state(layer), "optimizer": {}, "history": [], "step": 0},
-        good,
-    )
-    if state == "bomb":
-        path.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    elif state in ("other", "list"):
-        torch.save({"step": 3} if state == "other" else [1], path)
+def damage(kind, folder, tmp_path):
+    """Spoil a whole checkpoint in one of many ways."""
+    tensors, manifest = folder / "rank-00000.safetensors", folder / "manifest.json"
+    whole, said = tensors.read_bytes(), json.loads(manifest.read_text())
+    texts = {
+        "manifest cut": manifest.read_text()[:-30],
+        "manifest empty": "",
+        "manifest text": "no checkpoint",
+        "manifest list": "[1]",
+        "manifest number": "3",
+        "manifest other": '{"step": 3}',
+        "manifest without state": json.dumps({"files": said["files"]}),
+        "manifest state list": json.dumps({"files": said["files"], "state": [1]}),
+        "manifest files list": json.dumps({**said, "files": [1]}),
+        "manifest files odd": json.dumps({**said, "files": {tensors.name: [1]}}),
+    }
+    if kind in texts:
+        manifest.write_text(texts[kind])
+    elif kind == "manifest not text":
+        manifest.write_bytes(b"\xff\xfe\x00{")
+    elif kind == "manifest gone":
+        manifest.unlink()
+    elif kind == "tensors gone":
+        tensors.unlink()
+    elif kind == "one bit":
+        tensors.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     else:
-        path.write_bytes({"cut": good.getvalue()[:-300], "empty": b"", "text": b"no checkpoint"}[state])
-    with pytest.raises(ValueError, match=r"state\.pt"):
-        fit(
-            layer,
-            lambda m, s, g: {"loss": m(torch.ones(1, 2)).sum()},
-            2,
-            1e-3,
-            folder=path.parent,
-            mixed_precision="no",
-            progress=False,
-        )
+        bad = {"cut": whole[:-300], "empty": b"", "text": b"no checkpoint", "longer": whole + b"x"}
+        tensors.write_bytes(bad.get(kind) or (pickle.dumps(Bomb(tmp_path / "exploded")) if kind == "bomb" else b""))
+
+
+DAMAGES = ["bomb", "cut", "empty", "text", "longer", "one bit", "tensors gone", "manifest gone", "manifest cut",
+           "manifest empty", "manifest text", "manifest not text", "manifest list", "manifest number", "manifest other",
+           "manifest without state", "manifest state list", "manifest files list",
+           "manifest files odd"]  # fmt: skip
+
+
+def short_run(folder, steps=4):
+    """A layer after four steps, with a checkpoint after each; the rows of its log."""
+    torch.manual_seed(0)
+    return train_part(
+        torch.nn.Linear(2, 2), lambda m, s, g: {"loss": m(torch.randn(3, 2, generator=g)).square().mean()}, steps, 1e-2,
+        folder=folder, warmup=1, precision="no", save_every=2, progress=False,
+    )
+
+
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["the newest", "all"])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_named_passed_over_and_runs_no_code(kind, all_of_them, tmp_path, capsys):
+    """With one before it training resumes there; with none it starts anew. Either way the result is the same."""
+    whole, history = short_run(None)
+    folder = tmp_path / "run"
+    short_run(folder)
+    newest = folder / "step-00000004"
+    if not all_of_them:  # a part keeps its last checkpoint alone: the one before is made by hand
+        said = json.loads((newest / "manifest.json").read_text())
+        half = tmp_path / "half"
+
+        def stop(step, trainer):
+            if step == 1:
+                raise MemoryError
+        with pytest.raises(MemoryError):
+            torch.manual_seed(0)
+            train_part(
+                torch.nn.Linear(2, 2), lambda m, s, g: {"loss": m(torch.randn(3, 2, generator=g)).square().mean()}, 4,
+                1e-2, folder=half, warmup=1, precision="no", save_every=2, progress=False, on_step=stop,
+            )
+        (half / "step-00000002").rename(folder / "step-00000002")
+        assert said["state"]["run"] == last_checkpoint(half.parent / "run")[1]["run"]
+    damage(kind, newest, tmp_path)
+    capsys.readouterr()
+    assert (last_checkpoint(folder, report=lambda text: None)[1] or {"step": 0})["step"] == (0 if all_of_them else 2)
+    again, rows = short_run(folder)
+    error = capsys.readouterr().err
+    assert "step-00000004" in error and len(error.strip().splitlines()) == 1, "the damaged one is named"
+    assert not (tmp_path / "exploded").exists()
+    assert [row["loss"] for row in rows] == [row["loss"] for row in history]
+    assert [row["step"] for row in read_log(folder / "log.jsonl")] == [0, 1, 2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    assert last_checkpoint(folder)[1]["step"] == 4
+
+
+def test_a_checkpoint_that_vouches_for_a_pickle_is_a_clear_error_and_runs_no_code(tmp_path):
+    from dreamllm_edu.files import checksum
+
+    save_checkpoint(tmp_path, shares_of(w=torch.ones(3)), {"step": 1, "run": {}})
+    tensors, manifest = tmp_path / "step-00000001" / "rank-00000.safetensors", tmp_path / "step-00000001/manifest.json"
+    tensors.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    said = json.loads(manifest.read_text())
+    said["files"] = {tensors.name: [tensors.stat().st_size, checksum(tensors)]}
+    manifest.write_text(json.dumps(said))
+    path, _ = last_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="step-00000001"):
+        load_checkpoint(path, shares_of(w=torch.ones(3)))
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("rate, message", [(1e-3, "the loss is nan at step 2"), (2.0, "the gradient norm is nan")])
+def test_a_number_that_is_not_finite_stops_a_part_at_once_and_changes_nothing(rate, message, tmp_path):
+    layer, seen = torch.nn.Linear(2, 2), []
+
+    def loss_of_step(model, step, generator):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        loss = model(torch.ones(1, 2)).sum()
+        if step == 2:  # the root's derivative at zero is infinite; times zero it is not a number
+            loss = loss * float("nan") if rate < 1 else loss + ((loss - loss).abs().sqrt())
+        return {"loss": loss}
+
+    with pytest.raises(FloatingPointError, match=f"a part: {message}.*Lower the learning rate"):
+        train_part(layer, loss_of_step, 4, rate, folder=tmp_path, warmup=1, precision="no", progress=False,
+                   description="a part")
+    assert len(seen) == 3 and all(torch.equal(a, b) for a, b in zip(seen[2], layer.parameters()))
+
+
 def test_nothing_in_the_package_unpickles_freely():
-    for path in (ROOT / "dreamllm_edu").glob("*.py"):
+    for path in (ROOT / "dreamllm_edu").rglob("*.py"):
         code = path.read_text(encoding="utf8")
         for call in re.findall(r"torch\.load\([^\n]*", code):
             assert "weights_only=True" in call, f"{path.name}: {call}"

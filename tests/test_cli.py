@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from test_bad_input import parts_folder
@@ -23,9 +24,6 @@ import dreamllm_edu.evaluation.judge
 import dreamllm_edu.evaluation.suite
 import dreamllm_edu.models.dreamllm
 import dreamllm_edu.pretraining
-import dreamllm_edu.training.fit
-import dreamllm_edu.training.mixture
-import dreamllm_edu.training.stage
 from dreamllm_edu import data
 from dreamllm_edu.app.cli import main, parser
 from dreamllm_edu.documents.document import Document
@@ -33,7 +31,10 @@ from dreamllm_edu.documents.formats import document_from_markdown, read_jsonl, w
 from dreamllm_edu.files import write_tensors
 from dreamllm_edu.models.dreamllm.weights import load_trained, mini, save_trained
 from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS, encode_text
-from dreamllm_edu.training.stage import Stage
+from dreamllm_edu.training.checkpoint import last_checkpoint
+from dreamllm_edu.training.features import FeatureStore
+from dreamllm_edu.training.recipe import recipe_of
+from dreamllm_edu.training.report import read_log
 
 from conftest import ROOT, full_disk, make_tiny, picture, run_command
 
@@ -59,11 +60,12 @@ def model(tmp_path_factory, trained, processor):
 def refused(arguments, capsys, *words):
     """Exit status 1 and one line on standard error that holds `words`; returns the line."""
     capsys.readouterr()
+    name = "dreamllm-edu train: " if arguments[0] == "train" else "dreamllm-edu: "
     assert main([str(a) for a in arguments]) == 1
     error = capsys.readouterr().err
     line = error.strip().splitlines()[-1]
-    assert line.startswith("dreamllm-edu: ") and "Traceback" not in error and error.count("dreamllm-edu: ") == 1
-    assert len(error[error.index("dreamllm-edu: "):].strip().splitlines()) == 1, "the message must be one line"
+    assert line.startswith(name) and "Traceback" not in error and error.count(name) == 1
+    assert len(error[error.index(name):].strip().splitlines()) == 1, "the message must be one line"
     for word in words:
         assert word in line, line
     return line
@@ -84,7 +86,11 @@ def test_help_reads_well_and_answers_at_once(tmp_path):
         assert run.returncode == 0 and run.stderr == "" and run.stdout.startswith("usage: dreamllm-edu"), command
         for word in COMMANDS.get(command, COMMANDS):
             assert word in run.stdout, f"{command} --help does not tell of {word}"
-        assert "None" not in run.stdout and "==SUPPRESS==" not in run.stdout
+        if command == "train":  # made by tyro from the settings: an option that may be left out shows None
+            assert "(default: " in run.stdout and "--save-every" in run.stdout
+        else:
+            assert "None" not in run.stdout
+        assert "==SUPPRESS==" not in run.stdout
         assert not command or "example: dreamllm-edu" in run.stdout or "| dreamllm-edu" in run.stdout
         assert 0 < children_seconds() - began < 5
     assert not list(tmp_path.iterdir())
@@ -114,9 +120,6 @@ def test_help_loads_no_heavy_library():
         ["dream"],
         ["generate"],
         ["pretrain", "everything"],
-        ["train", "--scale", "huge"],
-        ["train", "--steps"],
-        ["train", "--steps", "1", "-2", "3"],
         ["pretrain", "vae", "--steps", "0"],
         ["pretrain", "vae", "--steps", "x"],
         ["generate", "a.md", "--seed", "x"],
@@ -127,6 +130,32 @@ def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and "usage: dreamllm-edu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--scale", "huge"], "huge"),
+        (["--steps"], "--steps"),
+        (["--steps", "1", "-2", "3"], "-2"),
+        (["--steps", "x"], "x"),
+        (["--batch", "0"], "batch"),
+        (["--speed", "3"], "--speed"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_of_train(arguments, word, capsys, tmp_path, monkeypatch):
+    """Nothing is trained: status 2 for what the command line cannot hold, 1 for what no training can use."""
+    import dreamllm_edu.app.train
+
+    monkeypatch.setattr(dreamllm_edu.app.train, "train", lambda *_: pytest.fail("it trained"))
+    try:
+        code = main(["train", *arguments, "--out", str(tmp_path / "out")])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code in (1, 2) and word in error and "dreamllm-edu train" in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_defaults_are_the_documented_ones():
@@ -374,10 +403,11 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     seen += process.stderr.read()
     assert process.wait(120) == 130 and b"Traceback" not in seen
     assert re.search(
-        rb"dreamllm-edu: judge stopped after \d+ of 60 steps; run the same command again to go on from work/judge/state\.pt",
+        rb"dreamllm-edu: judge stopped after \d+ of 60 steps; run the same command again to resume from work/judge",
         seen,
     )
-    made = torch.load(tmp_path / "work" / "judge" / "state.pt", weights_only=True)["step"]
+    made = last_checkpoint(tmp_path / "work" / "judge")[1]["step"]
+    assert [p.name for p in (tmp_path / "work" / "judge").glob("step-*")] == [f"step-{made:08}"]
     assert 1 <= made < 60 and not (tmp_path / "parts" / "judge").exists()
     assert len((tmp_path / "work" / "judge" / "log.jsonl").read_text().splitlines()) == made
     again = ["pretrain", "judge", "--out", tmp_path / "parts", "--runs", tmp_path / "work", "--steps"]
@@ -390,7 +420,7 @@ def test_ctrl_c_leaves_a_resumable_state_and_the_second_call_goes_on(tmp_path, c
     assert (
         record.keys() == {"judge"}
         and record["judge"]["steps"] == 60
-        and record["judge"]["seconds"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+        and record["judge"]["seconds"] == pytest.approx(sum(row["seconds"] for row in log), abs=0.1)
     )
 
 
@@ -424,7 +454,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     parts_folder(make_tiny(4), tmp_path / "parts")
     processor.tokenizer.save_pretrained(tmp_path / "parts" / "tokenizer")
     names = {"cat", "dog", "rose", "bus", "key"}
-    monkeypatch.setattr(dreamllm_edu.training.mixture, "World", lambda: world)
+    monkeypatch.setattr(data.readers, "World", lambda *a, **k: world)
     monkeypatch.setattr(
         world,
         "concepts",
@@ -437,10 +467,21 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
     )
     scenes = data.scene_list(world, "train")[::40]
     monkeypatch.setattr(data.tasks, "scene_list", lambda world, split, seed=0: scenes)
-    small = [Stage(**{**vars(s), "batch": 3}) for s in dreamllm_edu.training.stage.STAGES["mini"]]
+    small = recipe_of("mini").stages
+    recipe = yaml.safe_load((ROOT / "recipes" / "mini.yaml").read_text(encoding="utf8"))
+    for entry in recipe["stages"]:  # the package's own stages, three lanes and three documents a step
+        entry["batch"] = 3
+        entry["mixture"] = {
+            name: {**part, "documents": 3} if isinstance(part, dict) else part
+            for name, part in entry["mixture"].items()
+        }
+    recipe["settings"].update(lanes=3, views=2)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     steps = [2] + [1] * (len(small) - 1)
     arguments = [
         "train",
+        "--recipe",
+        str(tmp_path / "small.yaml"),
         "--parts",
         str(tmp_path / "parts"),
         "--out",
@@ -450,18 +491,21 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
         "--seed",
         "4",
     ]
-    monkeypatch.setitem(dreamllm_edu.training.stage.STAGES, "mini", tuple(small))
     assert main(arguments) == 0
     out = tmp_path / "out"
-    assert {s.name for s in small} == {p.parent.name for p in out.glob("*/state.pt")} and len(
-        {p.name for p in out.glob("*.safetensors")}
-    ) == len(small) + 1
+    assert {s.name: f"step-{n:08}" for s, n in zip(small, steps)} == {
+        p.parent.name: p.name for p in out.glob("*/step-*")
+    }
+    assert {p.parent.name for p in out.glob("*/trained.safetensors")} == {s.name for s in small}
+    assert {p.parent.name for p in out.glob("*/report.html")} == {s.name for s in small}
+    assert all(len(read_log(out / s.name / "log.jsonl")) == n for s, n in zip(small, steps))
     fresh = mini(trained=False, parts=tmp_path / "parts")
     before = fresh.dream_queries.weight.clone()
     load_trained(fresh, out / "trained.safetensors")
     assert not torch.equal(before, fresh.dream_queries.weight) and torch.isfinite(fresh.dream_queries.weight).all()
     first = (out / "trained.safetensors").read_bytes()
     made = json.loads((out / "training.json").read_text())
+    assert first == (out / small[-1].name / "trained.safetensors").read_bytes()
     assert [made[s.name]["steps"] for s in small] == steps and all(m["seconds"] > 0 for m in made.values())
     assert (
         main(arguments) == 0
@@ -472,7 +516,7 @@ def test_train_end_to_end(tmp_path, monkeypatch, capsys, processor, world):
 
 
 def test_more_steps_than_stages_are_refused(tmp_path, capsys):
-    refused(["train", "--steps", *"123456", "--out", tmp_path / "out"], capsys, "6 numbers for 5 stages")
+    refused(["train", "--steps", *"123456", "--out", tmp_path / "out"], capsys, "6 numbers of steps, but 5 stages")
     assert not (tmp_path / "out").exists()
 
 
@@ -534,8 +578,9 @@ def test_weights_are_measured_on_the_parts_that_they_were_trained_on(tmp_path, m
 
 
 def test_train_says_when_the_weights_to_go_on_from_are_missing(tmp_path, capsys):
-    assert main(["train", "--init", str(tmp_path / "absent.safetensors"), "--out", str(tmp_path / "out")]) == 1
-    assert "absent.safetensors: no such file" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    init = tmp_path / "absent.safetensors"
+    refused(["train", "--init", init, "--out", tmp_path / "out"], capsys, "absent.safetensors: no such file")
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_says_what_fits_and_what_does_not(capsys):
@@ -554,16 +599,40 @@ def test_a_folder_without_parts_is_named(command, tmp_path, capsys):
     )
 
 
-def test_ctrl_c_while_features_are_computed_says_what_is_kept(processor, world, monkeypatch):
-    from dreamllm_edu.training import mixture
-    from dreamllm_edu.training.stage import ALIGN
+def test_ctrl_c_while_features_are_computed_keeps_what_is_stored(tmp_path, monkeypatch, capsys, processor):
+    """Status 130, no weights; the same command goes on where it stopped, and computes nothing twice."""
+    parts_folder(make_tiny(4), tmp_path / "parts")
+    processor.tokenizer.save_pretrained(tmp_path / "parts" / "tokenizer")
+    stages = [{
+        "name": "1-alignment", "trains": ["visual_projector", "dream_queries", "condition_projector"],
+        "learning_rate": 1e-3, "steps": 1, "batch": 4, "mixture": {"subjects": 1.0},
+    }]  # fmt: skip
+    settings = {"lanes": 4, "store": True, "views": 2, "precision": "no"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"settings": settings, "stages": stages}))
+    command = ["train", "--recipe", "r.yaml", "--parts", "parts", "--out", "out", "--trackers"]
+    monkeypatch.chdir(tmp_path)
+    real, stored = FeatureStore.add, []
 
-    def stopped(*arguments, **options):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(mixture, "FeatureCache", stopped)
-    stage = Stage("1-alignment", ALIGN, {"scenes": 1.0}, 1e-3, 1, 4)
-    with pytest.raises(KeyboardInterrupt, match="features, which are not kept; run the same command again"):
-        mixture.train(None, processor, [stage], world)
+    def add(self, kind, keys, tensors):
+        if len(stored) == 3:
+            raise KeyboardInterrupt
+        real(self, kind, keys, tensors)
+        stored.append((kind, *keys))
+
+    monkeypatch.setattr(FeatureStore, "add", add)
+    assert main(command) == 130
+    error = capsys.readouterr().err
+    assert "dreamllm-edu train: stopped" in error and "Traceback" not in error
+    assert len(stored) == 3 and not list((tmp_path / "out").rglob("trained.safetensors"))
+    kept = {path: path.read_bytes() for path in (tmp_path / "out" / "features").rglob("*.safetensors")}
+    assert len(kept) == 3
+    again = []
+    monkeypatch.setattr(FeatureStore, "add", lambda self, *a: (again.append((a[0], *a[1])), real(self, *a)))
+    assert main(command) == 0
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    first = {(kind, key) for kind, *keys in stored for key in keys}
+    assert again and not first & {(kind, key) for kind, *keys in again for key in keys}, "nothing is computed twice"
+    assert (tmp_path / "out" / "trained.safetensors").exists()
 
 
 def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys, tmp_path):

@@ -12,7 +12,8 @@ from dreamllm_edu.data.world import World
 from dreamllm_edu.documents.document import Document
 from dreamllm_edu.models.dreamllm.model import DreamLLM
 from dreamllm_edu.models.dreamllm.weights import mini, mini_processor
-from dreamllm_edu.training.stage import STAGES, set_trainable
+from dreamllm_edu.training.recipe import recipe_of
+from dreamllm_edu.training.stage import set_trainable
 
 from conftest import ROOT
 
@@ -77,7 +78,7 @@ def test_attention_is_chosen_by_the_config(hub):
 
 def test_gradient_checkpointing_computes_again_and_changes_no_gradient():
     inputs, model = batch(mini_processor()), mini()
-    set_trainable(model, STAGES["mini"][1])
+    set_trainable(model, recipe_of("mini").stages[1])
     first, calls = model.language_model.model.layers[0].mlp, []
     first.register_forward_pre_hook(lambda *_: calls.append(1))
     def gradients():
@@ -117,7 +118,7 @@ def test_lora_trains_little():
     peft.inject_adapter_in_model(
         peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), model.language_model
     )  # in place: it stays a Llama
-    set_trainable(model, STAGES["mini"][2])
+    set_trainable(model, recipe_of("mini").stages[2])
     with torch.no_grad():
         assert torch.allclose(model.eval()(**inputs).logits, before, atol=1e-5), "a new adapter changes nothing"
     trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("language_model")}

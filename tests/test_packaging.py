@@ -354,10 +354,10 @@ def test_the_shipped_metrics_bear_out_the_results_page():
 
 
 def test_the_shipped_weights_were_made_by_the_table_in_the_hours_that_the_usage_page_says():
-    from dreamllm_edu.training.stage import STAGES
+    from dreamllm_edu.training.recipe import recipe_of
     learned = json.loads((WEIGHTS / "training.json").read_text())
     assert {name: made["steps"] for name, made in learned.items()} == {
-        stage.name: stage.steps for stage in STAGES["mini"]
+        stage.name: stage.steps for stage in recipe_of("mini").stages
     }
     assert 4.75 < sum(made["seconds"] for made in learned.values()) / 3600 < 5.25
 

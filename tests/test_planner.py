@@ -33,13 +33,16 @@ from dreamllm_edu.planning import (
     token_batch,
     weights_of,
 )
-from dreamllm_edu.training.fit import trainable_state
-from dreamllm_edu.training.stage import STAGES, set_trainable
+from dreamllm_edu.training.recipe import recipe_of
+from dreamllm_edu.training.stage import Settings, set_trainable
+from dreamllm_edu.training.strategies import strategy_of
+from dreamllm_edu.training.trainer import Trainer
 
 from conftest import make_tiny
 
 HERE = Path(__file__).resolve().parent
 STAGE_NUMBERS = (1, 2, 3)
+MINI, PAPER = recipe_of("mini").stages, recipe_of("paper").stages
 
 
 def real_batch(config, micro_batch=1, length=None):
@@ -74,15 +77,24 @@ def states_of(model, optimizer):
     }
 
 
+class NoTask:
+    """Enough of a task to make a trainer that never takes a step."""
+    name, run, keys = "nothing", {}, None
+
+
 @pytest.mark.parametrize("number", STAGE_NUMBERS)
 def test_state_bytes_are_those_of_real_tensors(number):
-    model, stage = make_tiny(), STAGES["mini"][number - 1]
+    model, stage = make_tiny(), MINI[number - 1]
     found = states_of(model, one_step(model, stage))
     predicted = state_bytes(model.config, stage, parallel="single", frozen_dtype=torch.float32)
     assert found == {item: predicted[item] for item in found}
-    assert predicted["moving average"] == sum(t.nbytes for t in trainable_state(model).values()), (
-        "the average of what trains, as a run keeps it"
+    trainer = Trainer(model, NoTask(), 1, 1e-3, ema_decay=stage.ema_decay)
+    trainer.start()
+    assert predicted["moving average"] == sum(t.nbytes for t in trainer.ema.values()), (
+        "the average of what trains, as the trainer keeps it"
     )
+    held = sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values())
+    assert predicted["AdamW"] == held, "the optimizer's moments, as the trainer makes them"
 
 
 def test_sharded_bytes_are_those_of_two_processes(tmp_path):
@@ -98,7 +110,7 @@ def test_sharded_bytes_are_those_of_two_processes(tmp_path):
     for number in (1, 2):
         both = [json.loads((tmp_path / f"{number}-{rank}.json").read_text()) for rank in (0, 1)]
         for rank, found in enumerate(both):
-            predicted = state_bytes(odd().config, STAGES["mini"][number - 1], 2, frozen_dtype=torch.float32, rank=rank)
+            predicted = state_bytes(odd().config, MINI[number - 1], 2, frozen_dtype=torch.float32, rank=rank)
             assert found == {item: predicted[item] for item in found}, f"rank {rank}"
         assert both[0] != both[1], "with odd sizes the ranks differ, or this tests nothing"
 
@@ -112,12 +124,12 @@ def odd():
 
 def shard(folder, rank):
     """What each of the two processes runs."""
-    from dreamllm_edu.training.strategies import distribute
-
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(rank), world_size=2)
     for number in (1, 2):
-        model, stage = odd(), STAGES["mini"][number - 1]
-        distribute(model, stage, "fsdp2")
+        model, stage = odd(), MINI[number - 1]
+        set_trainable(model, stage)
+        layers = list(model.language_model.model.layers)
+        strategy_of(Settings(strategy="fsdp2"), layers, model.frozen_parts).wrap(model)
         (Path(folder) / f"{number}-{rank}.json").write_text(json.dumps(states_of(model, one_step(model, stage))))
     torch.distributed.destroy_process_group()
 
@@ -131,7 +143,7 @@ def test_rows_are_those_of_torch_chunk(rows, world):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_activations_are_the_real_ones(checkpointing):
     """The same counters on real tensors: every byte that is saved and every byte at the peak."""
-    model, stage = make_tiny(), STAGES["mini"][1]
+    model, stage = make_tiny(), MINI[1]
     predicted = measure(model.config, stage, 2, 64, precision="fp32", cached=True, checkpointing=checkpointing)
     set_trainable(model, stage)
     if checkpointing:
@@ -160,9 +172,9 @@ PEAK = """
 import json, sys
 import torch
 import test_planner
-from dreamllm_edu.model import DreamLLM
-from dreamllm_edu.planner import scale_config, stages_of
-from dreamllm_edu.training import set_trainable
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.planning import scale_config, stages_of
+from dreamllm_edu.training.stage import set_trainable
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -242,7 +254,7 @@ def peak_memory():
 
 def test_dry_run_of_the_paper():
     """A full-size step: exactly the stage's gradients, the paper's shapes, and no memory."""
-    parts, trainable = parameters_of(scale_config("paper"), STAGES["paper"])
+    parts, trainable = parameters_of(scale_config("paper"), PAPER)
     before = peak_memory()
     for number in (1, 2):
         report = dry_run("paper", number)
@@ -282,16 +294,16 @@ def test_scales():
 
 def test_stages_add_up():
     config = scale_config("paper")
-    first, second = (state_bytes(config, stage, 8) for stage in STAGES["paper"][:2])
+    first, second = (state_bytes(config, stage, 8) for stage in PAPER[:2])
     assert first["weights"] == second["weights"] and first["frozen parts"] == second["frozen parts"]
     assert first["gradients"] < 0.01 * second["gradients"] and first["moving average"] == 0
     alone = sum(w.numel() for w in weights_of(config) if w.part not in FROZEN) * 4
-    assert sum(state_bytes(config, STAGES["paper"][1], 8, rank=rank)["gradients"] for rank in range(8)) == alone
-    assert state_bytes(config, STAGES["paper"][1], 8, "ddp")["gradients"] == alone
+    assert sum(state_bytes(config, PAPER[1], 8, rank=rank)["gradients"] for rank in range(8)) == alone
+    assert state_bytes(config, PAPER[1], 8, "ddp")["gradients"] == alone
 
 
 def test_gathered_layers():
-    config, stage = scale_config("paper"), STAGES["paper"][1]
+    config, stage = scale_config("paper"), PAPER[1]
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096  # Llama-7B's decoder layer, by hand
     root = 2 * 32008 * 4096 + 4096 + 64 * 4096 + 1024 * 4096 + 4096 + 4096 * 1024
     assert gathered_bytes(config, stage, 8) == {
@@ -330,7 +342,7 @@ def test_plan():
     found = plan("mini", gpus=2, gpu_memory=4, precision="fp32", device=10, cached=True)
     text = str(found)
     assert found.fits and all(stage.name in text for stage in found.stages) and "not measured" in text
-    for stage, planned in zip(STAGES["mini"], found.stages):
+    for stage, planned in zip(MINI, found.stages):
         assert planned.micro_batch * planned.accumulation * 2 == stage.batch and planned.micro_batch <= planned.largest
         assert planned.hours * 3600 * planned.samples_per_second == pytest.approx(stage.steps * stage.batch)
         assert planned.samples_per_second * planned.flops == pytest.approx(2 * 10e12 * 0.4)

@@ -17,9 +17,7 @@ import dreamllm_edu.app.demo
 import dreamllm_edu.evaluation.metrics
 import dreamllm_edu.evaluation.suite
 import dreamllm_edu.models.dreamllm.weights
-import dreamllm_edu.training.fit
-import dreamllm_edu.training.mixture
-import dreamllm_edu.training.stage
+import dreamllm_edu.training.trainer
 from dreamllm_edu import data
 from dreamllm_edu.app.cli import main
 from dreamllm_edu.documents.document import Document, Dream
@@ -32,7 +30,13 @@ from dreamllm_edu.models.dreamllm.weights import check_frozen_parts, load_traine
 from dreamllm_edu.parts.loading import load_part, quiet, weights_checksum
 from dreamllm_edu.parts.tokenizer import read_tokenizer
 from dreamllm_edu.pretraining import keep_record, plain_vae
-from dreamllm_edu.training.fit import fit
+from dreamllm_edu.training.batches import Steps
+from dreamllm_edu.training.checkpoint import last_checkpoint
+from dreamllm_edu.training.recipe import corpora_of, recipe_of
+from dreamllm_edu.training.report import read_log
+from dreamllm_edu.training.stage import Settings
+from dreamllm_edu.training.strategies import Strategy
+from dreamllm_edu.training.trainer import Stopper, Trainer, train_part
 
 from conftest import full_disk, make_tiny, picture
 
@@ -54,8 +58,8 @@ def loss_of_step(model, step, generator):
     return {"loss": (model(x).float() - x.sum(1, keepdim=True)).square().mean()}
 
 
-def run(folder=None, seed=0, weights=0, steps=8, rate=1e-2, read=5):
-    return fit(
+def run(folder=None, seed=0, weights=0, steps=8, rate=1e-2, read=5, **options):
+    return train_part(
         Net(weights),
         loss_of_step,
         steps,
@@ -64,26 +68,45 @@ def run(folder=None, seed=0, weights=0, steps=8, rate=1e-2, read=5):
         seed=seed,
         warmup=2,
         ema_decay=0.9,
-        mixed_precision="no",
+        precision="no",
         progress=False,
         reads={"encoder": Net(read)},
+        **options,
     )
 
 
-@pytest.mark.parametrize("where", ["loss_of_step", "update", "average_into"])
+@pytest.mark.parametrize("where", ["loss_of_step", "gradients", "update", "average", "log"])
 def test_ctrl_c_anywhere_in_a_step_resumes_to_the_last_bit(where, tmp_path, monkeypatch):
     whole, history = run()
-    calls, module = [], globals() if where == "loss_of_step" else vars(dreamllm_edu.training.fit)
-    real = module[where]
+    calls = []
 
-    def interrupted(*args, **kwargs):
-        found = real(*args, **kwargs)
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return found
+    def interrupt(real, nth):
+        def interrupted(*args, **kwargs):
+            found = real(*args, **kwargs)
+            calls.append(1)
+            if len(calls) == nth:
+                signal.raise_signal(signal.SIGINT)
+            return found
 
-    monkeypatch.setitem(module, where, interrupted)
+        return interrupted
+
+    if where == "average":  # `share` is called for each of the six tensors that train
+        monkeypatch.setattr(Strategy, "share", lambda self, p, key=None, real=Strategy.share: real(self, p, key))
+        started = Trainer.start
+
+        def start(self):
+            started(self)
+            monkeypatch.setattr(Strategy, "share", interrupt(Strategy.share, 3 * len(self.trained) + 2))
+
+        monkeypatch.setattr(Trainer, "start", start)
+    else:
+        owner, name = {
+            "loss_of_step": (dreamllm_edu.training.trainer.PartTask, "loss"),
+            "gradients": (Trainer, "gradients"),
+            "update": (Strategy, "step"),
+            "log": (dreamllm_edu.training.trainer.Log, "write"),
+        }[where]
+        monkeypatch.setattr(owner, name, interrupt(getattr(owner, name), 4))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt, match="after 4 of 8 steps"):
@@ -92,25 +115,54 @@ def test_ctrl_c_anywhere_in_a_step_resumes_to_the_last_bit(where, tmp_path, monk
     finally:
         signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
+    assert last_checkpoint(tmp_path)[1]["step"] == 4
     again, resumed = run(tmp_path)
     assert [r["loss"] for r in history] == [r["loss"] for r in resumed]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 
 
-def test_who_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
+def test_who_ignores_ctrl_c_goes_on_ignoring_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with dreamllm_edu.training.fit.whole_step():
+        with Stopper() as stopper:
             signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert not stopper.asked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_state_is_not_taken_for_another_run(tmp_path):
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Stopper() as stopper:
+            signal.raise_signal(signal.SIGINT)
+            assert stopper.asked
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_trains_without_a_handler_of_its_own():
+    """Only the main thread gets signals; another one must be able to train all the same."""
+    import threading
+
+    made = []
+    thread = threading.Thread(target=lambda: made.append(run(steps=2)))
+    thread.start()
+    thread.join(60)
+    assert len(made) == 1 and len(made[0][1]) == 2
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_is_not_taken_for_another_run(tmp_path):
     run(tmp_path)
-    state = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(ValueError, match="another seed; give a new folder"):
+    before = files_of(tmp_path)
+    assert {"step-00000008/manifest.json", "step-00000008/rank-00000.safetensors", "log.jsonl"} == set(before)
+    with pytest.raises(ValueError, match="another seed .*give a new folder"):
         run(tmp_path, seed=1)
     for other, word in (
         ({"weights": 1}, "starting weights"),
@@ -119,13 +171,35 @@ def test_a_state_is_not_taken_for_another_run(tmp_path):
         ({"rate": 2e-2}, "learning rate"),
         ({"read": 6}, "encoder"),
     ):
-        with pytest.raises(ValueError, match=f"another {word}; give a new folder"):
+        with pytest.raises(ValueError, match=f"another {word} .*give a new folder"):
             run(tmp_path, **other)
-    assert (tmp_path / "state.pt").read_bytes() == state
+    assert files_of(tmp_path) == before
     run(tmp_path)
-    old = torch.load(tmp_path / "state.pt")
-    torch.save({k: v for k, v in old.items() if k != "run"}, tmp_path / "state.pt")
-    run(tmp_path, seed=1)  # a state of former versions does not say; it is believed
+    assert files_of(tmp_path) == before, "nothing was left to do"
+
+
+def test_the_first_checkpoint_after_a_damaged_one_is_kept(tmp_path, capsys):
+    """A part keeps one checkpoint. When it is damaged, training starts anew; the next stop must leave a checkpoint,
+    though the damaged one has a higher number."""
+    whole, _ = run(tmp_path)
+    newest = tmp_path / "step-00000008" / "rank-00000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-50])
+
+    def stop(step, trainer):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="after 4 of 8 steps; run the same command again"):
+            run(tmp_path, on_step=stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "cut off or changed" in capsys.readouterr().err
+    assert last_checkpoint(tmp_path, report=lambda text: None)[1]["step"] == 4
+    again, rows = run(tmp_path)
+    assert [row["step"] for row in rows] == [row["step"] for row in read_log(tmp_path / "log.jsonl")] == list(range(8))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 
 
 def test_a_second_training_of_the_decoder_begins_where_the_first_began(tmp_path):
@@ -183,9 +257,19 @@ def test_the_sum_of_weights_sees_one_bit_a_name_and_a_frozen_weight():
     assert len(sums | {weights_checksum(net)}) == 4
 
 
-def test_a_batch_of_two_holds_one_article(processor, world):
-    mixture = dreamllm_edu.training.mixture.Mixture(processor, world, ["definitions"])
-    assert mixture.batch({"definitions": 1.0}, 2, None, torch.Generator())["input_ids"].shape[0] == 1
+def test_a_step_of_articles_holds_a_third_and_one_of_definitions_more(processor, world):
+    """Articles are three times as long as pairs, definitions shorter: the recipe says how many are in a step."""
+    from dreamllm_edu.models.dreamllm.family import DreamLLMFamily
+
+    recipe = recipe_of("mini")
+    family, stage, settings = DreamLLMFamily(make_tiny(), processor), recipe.stages[1], recipe.settings
+    corpora = {corpus.name: corpus for corpus in corpora_of(stage, world=world)}
+    assert {name for name, corpus in corpora.items() if corpus.documents} == {"articles", "definitions"}
+    assert 0.28 * stage.batch < corpora["articles"].documents < 0.36 * stage.batch < stage.batch
+    settings = Settings(lanes=settings.lanes, mixing=settings.mixing, max_length=settings.max_length)
+    for name in ("articles", "definitions", "pairs/draw"):
+        items, _ = next(iter(Steps(family, family.objective(stage), stage, [corpora[name]], settings)))
+        assert len(items) == (corpora[name].documents or stage.batch) and {item.corpus for item in items} == {name}
 
 
 # ---------------------------------------------------------------- models

@@ -38,7 +38,8 @@ def count(text: str) -> int:
     return int(text)
 
 # %% ../../nbs/14_cli.ipynb #9415bf06
-def add_training(command):
+def add_training(command: AddCommand) -> None:
+    """The commands `pretrain` and `train`."""
     p = command("pretrain", "make the parts from scratch, one of them or all", "dreamllm-edu pretrain all")
     p.add_argument("part", choices=["tokenizer", "clip", "vae", "language", "judge", "unet", "decoder", "all"], help="what to make; all: in the order of need")
     p.add_argument("--out", type=Path, default=Path(".runs/parts"), metavar="FOLDER", help="where the finished parts go")
@@ -188,7 +189,8 @@ def write_documents(documents: "Sequence[Document]", path: Path) -> None:
     write_text(path, text)
 
 # %% ../../nbs/14_cli.ipynb #fec38b03
-def run_pretrain(args):
+def run_pretrain(args: argparse.Namespace) -> None:
+    """`dreamllm-edu pretrain`."""
     from dreamllm_edu import pretraining
 
     if args.init and not args.init.is_dir():

@@ -10,7 +10,7 @@ __all__ = ['MARKS', 'quiet', 'load_part', 'plain_config', 'parts_folder', 'weigh
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from diffusers.utils import logging as diffusers_logging

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -177,7 +178,7 @@ class WithoutFrozen(torch.nn.Module):
                 self.add_module(name, child)
         object.__setattr__(self, "model", model)  # an attribute, not a module of this one
 
-    def forward(self, **batch):
+    def forward(self, **batch: Any) -> Any:
         return self.model(**batch)
 
 

@@ -146,7 +146,7 @@ class Stopper:
                 pass
         return self
 
-    def ask(self, kind, frame):
+    def ask(self, kind: int, frame: Any) -> None:
         if self.asked and kind == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = 1.0

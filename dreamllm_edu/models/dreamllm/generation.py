@@ -12,7 +12,7 @@ import functools
 import math
 import numbers
 from dataclasses import dataclass, field, replace
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from fastcore.basics import patch
