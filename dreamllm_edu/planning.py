@@ -400,7 +400,7 @@ class Plan:
 
 # %% ../nbs/18_planner.ipynb #07bf9dd1
 def cache_bytes(config: DreamLLMConfig) -> dict[str, int]:
-    """Bytes on disk for one picture in half precision: CLIP's features [N, V], and mean and spread of the VAE's latent, each [Z, h, w]."""
+    """Bytes on disk for one picture in half precision: CLIP's features [N, E], and mean and standard deviation of the VAE's latent, each [Z, h, w]."""
     side, channels = config.unet_config["sample_size"], config.unet_config.get("in_channels", 4)
     return {"CLIP features": 2 * config.num_patches * config.vision_config.hidden_size, "VAE latents": 2 * 2 * channels * side**2}
 

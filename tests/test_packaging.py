@@ -704,3 +704,16 @@ def test_solutions_are_folded():
         assert path.stem in ("index", *PAGES) or appendix or len(cells) >= 2, (
             f"{path.name}: {len(cells)} exercises with a solution"
         )
+
+
+def test_public_functions_have_types():
+    """Every parameter and result of a public function or method at the top of a module or class says its type."""
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf8"))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        for node in [*tree.body, *(inner for cls in classes for inner in cls.body)]:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            given = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            bare = [a.arg for a in given if a.annotation is None]
+            assert not bare and node.returns is not None, f"{path.relative_to(PACKAGE)}: {node.name} lacks types of {bare or 'its result'}"

@@ -105,7 +105,7 @@ class DreamLLM(PreTrainedModel):
     def get_input_embeddings(self) -> torch.nn.Embedding:
         return self.language_model.model.embed_tokens
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "DreamLLM":
         """Frozen parts stay in evaluation mode."""
         super().train(mode)
         for part in self.frozen_parts:
