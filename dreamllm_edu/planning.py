@@ -46,20 +46,52 @@ def _mini_config():
         text = LlamaConfig.from_pretrained(parts / "language", local_files_only=True)
         vision = CLIPVisionConfig.from_pretrained(parts / "clip", local_files_only=True)
     text.dtype = vision.dtype = torch.float32  # as the parts are loaded; they lie on disk in half precision
-    diffusion = (read_json(parts / name) for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"))
+    diffusion = (
+        read_json(parts / name) for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    )
     return DreamLLMConfig(text, vision, *map(plain_config, diffusion))
 
 
 def _small_config():
     """SmolLM2-360M with a context of 2,048 and 8 tokens more, CLIP-B/16, Stable Diffusion 1.5 (each from its own `config.json`)."""
-    text = LlamaConfig(vocab_size=49160, hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
-                       max_position_embeddings=2048, rope_theta=100000.0, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
-    vision = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16,
-                              projection_dim=512)
-    unet = dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768)
+    text = LlamaConfig(
+        vocab_size=49160,
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        max_position_embeddings=2048,
+        rope_theta=100000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=16,
+        projection_dim=512,
+    )
+    unet = dict(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
+    )
     paper = paper_config()  # the autoencoder and the noise schedule are the same in Stable Diffusion 1.5 and 2.1
-    return DreamLLMConfig(text, vision, unet, {**paper.vae_config, "sample_size": 512}, paper.scheduler_config, num_queries=64, dream_start_id=49155,
-                          image_start_id=49153, query_token_id=49156)
+    return DreamLLMConfig(
+        text,
+        vision,
+        unet,
+        {**paper.vae_config, "sample_size": 512},
+        paper.scheduler_config,
+        num_queries=64,
+        dream_start_id=49155,
+        image_start_id=49153,
+        query_token_id=49156,
+    )
 
 
 SCALES = {"mini": _mini_config, "small": _small_config, "paper": paper_config}
@@ -81,6 +113,7 @@ def rows_of(rows: int, world: int, rank: int = 0) -> int:
 @dataclass(frozen=True)
 class Weight:
     """One parameter: its `name`, `shape`, the model's `part` it belongs to, and FSDP2's `unit` ("" for a frozen part, which is not sharded)."""
+
     name: str
     shape: tuple
     part: str
@@ -126,16 +159,23 @@ def state_bytes(config: DreamLLMConfig, stage: Stage, world: int = 1, parallel: 
     They and AdamW's moments have `param_dtype`, the parts `frozen` (whole on every GPU) `frozen_dtype`. Sum over ranks for all GPUs together.
     The moving average is of what trains. `ValueError` for another `parallel` and for a rank that is not there."""
     if parallel not in PARALLEL or world < 1 or not 0 <= rank < world or (parallel == "single" and world > 1):
-        raise ValueError(f"parallel={parallel!r}, world={world}, rank={rank}: use one of {', '.join(PARALLEL)}, at least one GPU "
-                         "('single': exactly one), and a rank below their number")
+        raise ValueError(
+            f"parallel={parallel!r}, world={world}, rank={rank}: use one of {', '.join(PARALLEL)}, at least one GPU "
+            "('single': exactly one), and a rank below their number"
+        )
     cut = (world, rank) if parallel == "fsdp2" else (1, 0)
     own = [w for w in weights_of(config) if w.part not in FROZEN]
     trained = [w for w in own if w.part in stage.trains]
     held = sum(w.numel(*cut) for w in own) * param_dtype.itemsize
     learned = sum(w.numel(*cut) for w in trained) * param_dtype.itemsize
     whole = sum(w.numel() for w in weights_of(config) if w.part in frozen) * frozen_dtype.itemsize
-    return {"weights": held, "gradients": learned, "AdamW": 2 * learned + 4 * len(trained), "moving average": learned * bool(stage.ema_decay),
-            "frozen parts": whole}
+    return {
+        "weights": held,
+        "gradients": learned,
+        "AdamW": 2 * learned + 4 * len(trained),
+        "moving average": learned * bool(stage.ema_decay),
+        "frozen parts": whole,
+    }
 
 # %% ../nbs/18_planner.ipynb #127e6e65
 def gathered_bytes(config: DreamLLMConfig, stage: Stage, world: int = 1, parallel: str = "fsdp2",
@@ -149,7 +189,10 @@ def gathered_bytes(config: DreamLLMConfig, stage: Stage, world: int = 1, paralle
     size = compute_dtype.itemsize
     if parallel != "fsdp2":
         buckets = 4 * sum(w.numel() for w in own if w.part in stage.trains) if parallel == "ddp" else 0
-        return {"weights in use": sum(w.numel() for w in own) * size if size < 4 else 0, "gradients on their way": buckets}
+        return {
+            "weights in use": sum(w.numel() for w in own) * size if size < 4 else 0,
+            "gradients on their way": buckets,
+        }
     padded = {unit: [0, 0] for unit in (w.unit for w in own)}
     for w in own:
         n = w.numel(world) * world  # every rank sends as much as rank 0
@@ -157,11 +200,15 @@ def gathered_bytes(config: DreamLLMConfig, stage: Stage, world: int = 1, paralle
         padded[w.unit][1] += n * (w.part in stage.trains)
     (root, root_trained), layers = padded.pop("root"), list(padded.values())
     layer, layer_trained = max(n for n, _ in layers), max(n for _, n in layers)
-    return {"weights in use": (root + 2 * layer) * size, "gradients on their way": (root_trained + layer_trained) * size + layer_trained * 4}
+    return {
+        "weights in use": (root + 2 * layer) * size,
+        "gradients on their way": (root_trained + layer_trained) * size + layer_trained * 4,
+    }
 
 # %% ../nbs/18_planner.ipynb #92963cc1
 class RealIndices(TorchFunctionMode):
     """Within it a fake tensor may be picked by a real boolean mask: the mask is replaced by the positions where it is true."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
             mask = args[1]
@@ -172,6 +219,7 @@ class RealIndices(TorchFunctionMode):
 # %% ../nbs/18_planner.ipynb #4bd3e5e1
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made within it that are still alive: `now`, and at the worst moment `peak`. Storages in `known` are passed over."""
+
     def __init__(self, known=()):
         super().__init__()
         self.known, self.sizes, self.now, self.peak = set(known), {}, 0, 0
@@ -197,6 +245,7 @@ class LiveBytes(TorchDispatchMode):
 
 class SavedBytes(saved_tensors_hooks):
     """Counts the bytes that autograd keeps for the backward pass, every storage once; storages in `known` are passed over."""
+
     def __init__(self, known=()):
         self.known, self.sizes = set(known), {}
         super().__init__(self.keep, lambda tensor: tensor)
@@ -224,11 +273,16 @@ def token_batch(config: DreamLLMConfig, micro_batch: int = 1, length: int | None
     """`input_ids`, `attention_mask`, `labels`, real int64 [B, T]: each document draws and reads `pictures` pictures, the rest is text to learn.
 
     `length`: tokens a document, by default the whole context. `ValueError` if the pictures do not fit or the document is longer than the context."""
-    context, block = config.text_config.max_position_embeddings, config.num_queries + config.num_patches + 4  # two starts and two ends
+    context, block = (
+        config.text_config.max_position_embeddings,
+        config.num_queries + config.num_patches + 4,
+    )  # two starts and two ends
     length = context if length is None else length
     if micro_batch < 1 or pictures < 1 or not 2 + pictures * block <= length <= context:
-        raise ValueError(f"micro_batch={micro_batch}, length={length}, pictures={pictures}: give at least one document with one picture; a "
-                         f"picture takes {block} tokens, the text at least 2, the context holds {context}")
+        raise ValueError(
+            f"micro_batch={micro_batch}, length={length}, pictures={pictures}: give at least one document with one picture; a "
+            f"picture takes {block} tokens, the text at least 2, the context holds {context}"
+        )
     input_ids = torch.full((micro_batch, length), config.text_config.vocab_size // 2)
     labels = input_ids.clone()
     for start in range(1, pictures * block, block):
@@ -243,8 +297,15 @@ def picture_batch(config: DreamLLMConfig, n: int, dtype: torch.dtype, cached: bo
     seen, drawn = config.vision_config.image_size, side * 2 ** (len(config.vae_config["block_out_channels"]) - 1)
     empty = lambda *shape: torch.empty(n, *shape, dtype=dtype)
     latent = (channels, side, side)
-    given = {"image_features": empty(config.num_patches, config.vision_config.hidden_size), "latents": empty(*latent)} if cached else {
-        "pixel_values": empty(3, seen, seen), "target_pixel_values": empty(3, drawn, drawn), "vae_noise": empty(*latent)}
+    given = (
+        {"image_features": empty(config.num_patches, config.vision_config.hidden_size), "latents": empty(*latent)}
+        if cached
+        else {
+            "pixel_values": empty(3, seen, seen),
+            "target_pixel_values": empty(3, drawn, drawn),
+            "vae_noise": empty(*latent),
+        }
+    )
     return {**given, "noise": empty(*latent)}
 
 # %% ../nbs/18_planner.ipynb #720a5ccd
@@ -279,7 +340,12 @@ def fake_batch(config: DreamLLMConfig, mode: FakeTensorMode, micro_batch: int = 
     with mode:
         drawn = picture_batch(config, n, DTYPES[precision], cached)
     batch = {**token_batch(config, micro_batch, length, pictures), **drawn}
-    return {**batch, "timesteps": torch.full((n,), 500), "condition_drop_mask": torch.zeros(n, dtype=torch.bool), "labelled_only": True}
+    return {
+        **batch,
+        "timesteps": torch.full((n,), 500),
+        "condition_drop_mask": torch.zeros(n, dtype=torch.bool),
+        "labelled_only": True,
+    }
 
 # %% ../nbs/18_planner.ipynb #2d9db780
 if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
@@ -333,7 +399,16 @@ def measure(config: DreamLLMConfig, stage: Stage, micro_batch: int = 1, length: 
     `forward_flops` and `flops` of the whole step, as executed. `cached`: pictures come as features, so CLIP and VAE do not run.
 
     Batches of `token_batch`. Raises `ValueError` for what does not fit into the context and for an unknown precision."""
-    found = _measured(config.to_json_string(use_diff=False), _plain(stage), micro_batch, length, pictures, checkpointing, precision, cached)
+    found = _measured(
+        config.to_json_string(use_diff=False),
+        _plain(stage),
+        micro_batch,
+        length,
+        pictures,
+        checkpointing,
+        precision,
+        cached,
+    )
     return dict(found)
 
 
@@ -372,6 +447,7 @@ class StagePlan:
 @dataclass(frozen=True)
 class Plan:
     """What `plan` found: `stages`, a `StagePlan` each, `title` and `assumed` in words, `cache_bytes` a picture. `str` gives the table."""
+
     title: str
     assumed: str
     stages: tuple
@@ -385,12 +461,16 @@ class Plan:
         """A text table, one column a stage."""
         gigabytes = lambda n: f"{n / 1e9:,.2f} GB"
         rows = [(item, [gigabytes(s.items[item]) for s in self.stages]) for item in self.stages[0].items]
-        rows += [("in all, each GPU", [gigabytes(s.total) for s in self.stages]), ("fits", ["yes" if s.fits else "no" for s in self.stages]),
-                 ("left free, beside the reserve", [gigabytes(s.headroom) for s in self.stages]),
-                 ("largest micro batch", [str(s.largest or "none") for s in self.stages]),
-                 ("micro batch x accumulation", [f"{s.micro_batch} x {s.accumulation}" for s in self.stages]),
-                 ("TFLOPs a document", [f"{s.flops / 1e12:,.3g}" for s in self.stages]),
-                 ("documents a second", [f"{s.samples_per_second:,.3g}" for s in self.stages]), ("hours", [f"{s.hours:,.3g}" for s in self.stages])]
+        rows += [
+            ("in all, each GPU", [gigabytes(s.total) for s in self.stages]),
+            ("fits", ["yes" if s.fits else "no" for s in self.stages]),
+            ("left free, beside the reserve", [gigabytes(s.headroom) for s in self.stages]),
+            ("largest micro batch", [str(s.largest or "none") for s in self.stages]),
+            ("micro batch x accumulation", [f"{s.micro_batch} x {s.accumulation}" for s in self.stages]),
+            ("TFLOPs a document", [f"{s.flops / 1e12:,.3g}" for s in self.stages]),
+            ("documents a second", [f"{s.samples_per_second:,.3g}" for s in self.stages]),
+            ("hours", [f"{s.hours:,.3g}" for s in self.stages]),
+        ]
         lines = [("", [s.name for s in self.stages]), *rows]
         text = "\n".join(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in lines)
         cache = " + ".join(f"{n:,} bytes of {what}" for what, n in self.cache_bytes.items())
@@ -402,7 +482,10 @@ class Plan:
 def cache_bytes(config: DreamLLMConfig) -> dict[str, int]:
     """Bytes on disk for one picture in half precision: CLIP's features [N, E], and mean and standard deviation of the VAE's latent, each [Z, h, w]."""
     side, channels = config.unet_config["sample_size"], config.unet_config.get("in_channels", 4)
-    return {"CLIP features": 2 * config.num_patches * config.vision_config.hidden_size, "VAE latents": 2 * 2 * channels * side**2}
+    return {
+        "CLIP features": 2 * config.num_patches * config.vision_config.hidden_size,
+        "VAE latents": 2 * 2 * channels * side**2,
+    }
 
 
 def memory_line(config: DreamLLMConfig, stage: Stage, **options: Any) -> Callable[[int], float]:
@@ -418,12 +501,17 @@ def plan_stage(config: DreamLLMConfig, stage: Stage, gpus: int, budget: float,
     """`StagePlan` for GPUs of `budget` usable bytes that compute `speed` FLOPs a second each."""
     how = dict(length=length, pictures=pictures, checkpointing=checkpointing, precision=precision, cached=cached)
     dtype, frozen = DTYPES[precision], ("unet",) if cached else FROZEN
-    items = {**state_bytes(config, stage, gpus, parallel, frozen_dtype=dtype, frozen=frozen), **gathered_bytes(config, stage, gpus, parallel, dtype)}
+    items = {
+        **state_bytes(config, stage, gpus, parallel, frozen_dtype=dtype, frozen=frozen),
+        **gathered_bytes(config, stage, gpus, parallel, dtype),
+    }
     activations, room, share = memory_line(config, stage, **how), budget - sum(items.values()), -(-stage.batch // gpus)
     largest = 0
     if activations(1) <= room:
         largest = 1 + int((room - activations(1)) / (activations(2) - activations(1)))
-    even = [n for n in range(1, share + 1) if share % n == 0 and n <= largest]  # so that a step has exactly the stage's batch
+    even = [
+        n for n in range(1, share + 1) if share % n == 0 and n <= largest
+    ]  # so that a step has exactly the stage's batch
     chosen = micro_batch or max(even, default=1)
     items["activations"] = activations(chosen)
     flops = measure(config, stage, **how)["flops"]
@@ -449,10 +537,14 @@ def check_cluster(scale: str, gpus: int, gpu_memory: float, micro_batch: int, pr
     if isinstance(peak, str) or peak <= 0:
         raise ValueError(f"device={device!r}: use one of {', '.join(PEAK_TFLOPS)}, or a positive number of TFLOP/s")
     if gpus < 1 or gpu_memory <= 0 or (micro_batch is not None and micro_batch < 1):
-        raise ValueError(f"gpus={gpus}, gpu_memory={gpu_memory}, micro_batch={micro_batch}: give at least one GPU, with more than 0 GB, "
-                         "and at least one document")
+        raise ValueError(
+            f"gpus={gpus}, gpu_memory={gpu_memory}, micro_batch={micro_batch}: give at least one GPU, with more than 0 GB, "
+            "and at least one document"
+        )
     if not 0 < utilisation <= 1 or not 0 <= reserve < 1:
-        raise ValueError(f"utilisation={utilisation} must be above 0 and at most 1, reserve={reserve} at least 0 and below 1")
+        raise ValueError(
+            f"utilisation={utilisation} must be above 0 and at most 1, reserve={reserve} at least 0 and below 1"
+        )
     if precision not in DTYPES or parallel not in PARALLEL or (parallel == "single" and gpus > 1):
         raise ValueError(f"precision={precision!r}, parallel={parallel!r}: use one of {', '.join(DTYPES)} and one of "
                          f"{', '.join(PARALLEL)} ('single': one GPU)")
@@ -474,11 +566,28 @@ def plan(scale: str = "paper", stage: Stage | int | str | None = None, gpus: int
     peak = check_cluster(scale, gpus, gpu_memory, micro_batch, precision, parallel, utilisation, device, reserve)
     tokens = token_batch(config, 1, length, pictures)["input_ids"].shape[1]
     budget = gpu_memory * 1e9 * (1 - reserve)
-    found = [plan_stage(config, s, gpus, budget, micro_batch, precision, checkpointing, parallel, peak * 1e12 * utilisation, length, pictures, cached)
-             for s in stages]
-    title = (f"{scale} on {gpus} x {gpu_memory:g} GB ({parallel}, {precision}, {'with' if checkpointing else 'no'} checkpointing): documents of "
-             f"{tokens:,} tokens with {pictures} picture{'s' * (pictures > 1)}")
-    assumed = (f"{utilisation:.0%} of {peak:g} TFLOP/s a GPU in use (not measured); {reserve:.0%} of the memory kept free for what is not counted")
+    found = [
+        plan_stage(
+            config,
+            s,
+            gpus,
+            budget,
+            micro_batch,
+            precision,
+            checkpointing,
+            parallel,
+            peak * 1e12 * utilisation,
+            length,
+            pictures,
+            cached,
+        )
+        for s in stages
+    ]
+    title = (
+        f"{scale} on {gpus} x {gpu_memory:g} GB ({parallel}, {precision}, {'with' if checkpointing else 'no'} checkpointing): documents of "
+        f"{tokens:,} tokens with {pictures} picture{'s' * (pictures > 1)}"
+    )
+    assumed = f"{utilisation:.0%} of {peak:g} TFLOP/s a GPU in use (not measured); {reserve:.0%} of the memory kept free for what is not counted"
     return Plan(title, assumed, tuple(found), cache_bytes(config))
 
 # %% ../nbs/18_planner.ipynb #fa01ebe5
@@ -496,12 +605,25 @@ def dry_run(scale: str = "paper", stage: Stage | int | str = 2, micro_batch: int
     with RealIndices():
         out = model(**batch)
     out.loss.backward()
-    owed = {name: tuple(p.shape) if name.split(".")[0] in stage.trains else None for name, p in model.named_parameters()}
+    owed = {
+        name: tuple(p.shape) if name.split(".")[0] in stage.trains else None for name, p in model.named_parameters()
+    }
     got = {name: None if p.grad is None else tuple(p.grad.shape) for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     count = lambda shapes: sum(math.prod(shape) for shape in shapes.values() if shape is not None)
-    shapes = {"logits": out.logits, "conditions": out.conditions, "last_hidden_state": out.last_hidden_state, "latents": batch["noise"]}
+    shapes = {
+        "logits": out.logits,
+        "conditions": out.conditions,
+        "last_hidden_state": out.last_hidden_state,
+        "latents": batch["noise"],
+    }
     parameters = sum(p.numel() for p in model.parameters())
-    return {"stage": stage.name, "shapes": {name: tuple(t.shape) for name, t in shapes.items()}, "parameters": parameters, "trained": count(owed),
-            "with_gradient": count(got), "wrong": sorted(name for name in owed if owed[name] != got[name]),
-            "seconds": round(time.time() - began, 1)}
+    return {
+        "stage": stage.name,
+        "shapes": {name: tuple(t.shape) for name, t in shapes.items()},
+        "parameters": parameters,
+        "trained": count(owed),
+        "with_gradient": count(got),
+        "wrong": sorted(name for name in owed if owed[name] != got[name]),
+        "seconds": round(time.time() - began, 1),
+    }

@@ -44,8 +44,17 @@ def train_judge(out: Path, runs: Path, steps: int = 3000, batch: int = 128, seed
         style_loss = F.cross_entropy(style.float()[~tinted], styles[i][~tinted])
         return {"loss": concept_loss + 0.5 * style_loss, "concept": concept_loss, "style": style_loss}
 
-    judge, history = train_part(judge, loss_of_step, steps, 3e-3, folder=runs / "judge", seed=seed, weight_decay=0.05, progress=progress,
-                         description="judge")
+    judge, history = train_part(
+        judge,
+        loss_of_step,
+        steps,
+        3e-3,
+        folder=runs / "judge",
+        seed=seed,
+        weight_decay=0.05,
+        progress=progress,
+        description="judge",
+    )
     half = lambda tensor: tensor.half() if tensor.is_floating_point() else tensor
     state = {name: half(tensor).contiguous()  # safetensors refuses channels_last
              for name, tensor in judge.state_dict().items()}
@@ -110,7 +119,17 @@ def pretrain_vae(out: Path, runs: Path, steps: int = 1400, batch: int = 32, seed
         kl = posterior.kl().mean() / x[0].numel()
         return {"loss": error + 0.1 * F.l1_loss(restored, x) + 1e-5 * kl, "mse": error, "kl": kl}
 
-    vae, history = train_part(vae, loss_of_step, steps, 2e-3, folder=runs / "vae", seed=seed, ema_decay=0.995, progress=progress, description="VAE")
+    vae, history = train_part(
+        vae,
+        loss_of_step,
+        steps,
+        2e-3,
+        folder=runs / "vae",
+        seed=seed,
+        ema_decay=0.995,
+        progress=progress,
+        description="VAE",
+    )
     with torch.no_grad():
         latents = torch.cat([vae.encode(to_unit_range(x)).latent_dist.mean for x in pixels[::7].split(64)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
@@ -191,8 +210,18 @@ def tune_vision(model: CLIPModel, data: Captioned, pixels: torch.Tensor, tokeniz
         return {"loss": names + 0.5 * by_caption + 2 * by_patches, "names": names, "by_caption": by_caption,
                 "by_patches": by_patches}
 
-    tuned, history = train_part(learner, loss_of_step, steps, 1.2e-3, folder=runs / "clip-vision", seed=seed + 1, ema_decay=0.998, weight_decay=0.1,
-                         progress=progress, description="CLIP, vision")
+    tuned, history = train_part(
+        learner,
+        loss_of_step,
+        steps,
+        1.2e-3,
+        folder=runs / "clip-vision",
+        seed=seed + 1,
+        ema_decay=0.998,
+        weight_decay=0.1,
+        progress=progress,
+        description="CLIP, vision",
+    )
     model.load_state_dict(tuned["clip"].state_dict())
     return history
 
@@ -224,8 +253,18 @@ def pretrain_clip(out: Path, runs: Path, steps: int = 850, vision_steps: int = 2
 
     history = []
     if not init:
-        model, history = train_part(model, loss_of_step, steps, 1e-3, folder=runs / "clip", seed=seed, ema_decay=0.998, weight_decay=0.1,
-                             progress=progress, description="CLIP")
+        model, history = train_part(
+            model,
+            loss_of_step,
+            steps,
+            1e-3,
+            folder=runs / "clip",
+            seed=seed,
+            ema_decay=0.998,
+            weight_decay=0.1,
+            progress=progress,
+            description="CLIP",
+        )
     history += tune_vision(model, data, pixels, tokenizer, runs, vision_steps, batch, seed, progress)
     write_folder(out / "clip", model.half().save_pretrained)
     return history
@@ -281,8 +320,20 @@ def pretrain_unet(out: Path, runs: Path, steps: int = 28000, batch: int = 64, se
         latents = (mean[i] + std[i] * posterior).contiguous(memory_format=torch.channels_last)
         return {"loss": denoising_loss(model, scheduler, latents, condition, noise, timesteps)}
 
-    unet, history = train_part(unet, loss_of_step, steps, 1.2e-3, folder=runs / "unet", seed=seed, ema_decay=0.999, progress=progress,
-                        description="U-Net", save_every=250, compile=compile, reads={"VAE": vae.encoder, "text encoder": clip.text_model})
+    unet, history = train_part(
+        unet,
+        loss_of_step,
+        steps,
+        1.2e-3,
+        folder=runs / "unet",
+        seed=seed,
+        ema_decay=0.999,
+        progress=progress,
+        description="U-Net",
+        save_every=250,
+        compile=compile,
+        reads={"VAE": vae.encoder, "text encoder": clip.text_model},
+    )
     write_folder(out / "unet", unet.half().save_pretrained)
     write_folder(out / "scheduler", scheduler.save_pretrained)
     return history
@@ -310,8 +361,18 @@ def pretrain_perceptor(data: Captioned, pixels: torch.Tensor, runs: Path, steps:
         style_loss = F.cross_entropy(styles.float()[~tinted], style[i[~tinted]])
         return {"loss": concept_loss + style_loss, "concept": concept_loss, "style": style_loss}
 
-    perceptor, history = train_part(perceptor, loss_of_step, steps, 3e-3, folder=runs / "perceptor", seed=seed, ema_decay=0.99, weight_decay=0.05,
-                       progress=progress, description="perceptor")
+    perceptor, history = train_part(
+        perceptor,
+        loss_of_step,
+        steps,
+        3e-3,
+        folder=runs / "perceptor",
+        seed=seed,
+        ema_decay=0.99,
+        weight_decay=0.05,
+        progress=progress,
+        description="perceptor",
+    )
     return perceptor.eval().requires_grad_(False), history
 
 
@@ -405,8 +466,18 @@ def pretrain_decoder(out: Path, runs: Path, steps: int = 4200, perceptor_steps: 
         loss = error + 0.1 * F.l1_loss(restored, x) + 0.2 * sharp + 0.6 * perceived
         return {"loss": loss, "mse": error, "perceptual": perceived}
 
-    vae, history = train_part(vae, loss_of_step, steps, 1.2e-3, folder=runs / "decoder-perceptual", seed=seed, ema_decay=0.995, progress=progress,
-                       description="decoder", save_every=250)
+    vae, history = train_part(
+        vae,
+        loss_of_step,
+        steps,
+        1.2e-3,
+        folder=runs / "decoder-perceptual",
+        seed=seed,
+        ema_decay=0.995,
+        progress=progress,
+        description="decoder",
+        save_every=250,
+    )
     write_folder(out / "vae", vae.half().save_pretrained)
     return learned + history
 
@@ -429,8 +500,17 @@ def pretrain_language(out: Path, runs: Path, steps: int = 1700, batch: int = 40,
         start = torch.randint(len(stream) - length, (batch, 1), generator=generator)
         return {"loss": next_token_loss(model, stream[start + torch.arange(length)])}
 
-    model, history = train_part(model, loss_of_step, steps, 2e-3, folder=runs / "language", seed=seed, ema_decay=0.995, progress=progress,
-                         description="language")
+    model, history = train_part(
+        model,
+        loss_of_step,
+        steps,
+        2e-3,
+        folder=runs / "language",
+        seed=seed,
+        ema_decay=0.995,
+        progress=progress,
+        description="language",
+    )
     write_folder(out / "language", model.half().save_pretrained)
     return history
 

@@ -81,7 +81,9 @@ def first_fit(lengths: list[int], max_length: int) -> list[list[int]]:
     rows, left = [], []
     for i, n in enumerate(lengths):
         if n > max_length:
-            raise ValueError(f"a document of {n} tokens does not fit a row of {max_length}; encode with max_length={max_length}")
+            raise ValueError(
+                f"a document of {n} tokens does not fit a row of {max_length}; encode with max_length={max_length}"
+            )
         for r, free in enumerate(left):
             if n <= free:
                 rows[r].append(i)

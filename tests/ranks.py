@@ -145,4 +145,5 @@ if __name__ == "__main__":
     sys.stderr.flush()
     os._exit(
         0
-    )  # all is on disk; taking the interpreter down was once seen to abort in one of torch's threads, after the last job
+    # all is on disk; taking the interpreter down was once seen to abort in one of torch's threads, after the last job
+    )

@@ -1,4 +1,5 @@
-"""Corpora in their published forms: what is read, what is refused, and that nothing shifts, is lost or is read twice."""
+"""Corpora in their published forms: what is read, what is refused, and that nothing shifts, is lost or is read
+twice."""
 
 import gzip
 import io
@@ -58,7 +59,8 @@ def shape(items):
 
 
 def numbered(folder, counts, name="numbers", bad=(), weight=1.0):
-    """A LLaVA corpus of JSON lines, `counts[s]` records in shard s, each named in its answer; those in `bad` are no records."""
+    """A LLaVA corpus of JSON lines, `counts[s]` records in shard s, each named in its answer; those in `bad` are no
+    records."""
     files = []
     for s, count in enumerate(counts):
         files.append(folder / f"{name}-{s}.jsonl")
@@ -82,7 +84,7 @@ def one_epoch(corpus, lane, lanes, epoch=0, seed=0):
             found.append(record.parts[-1].strip())
 
 
-# ---- pictures and records ----------------------------------------------------------------------------------------------------------
+# ---- pictures and records
 
 
 def test_a_picture_has_one_key_wherever_it_lies(images):
@@ -123,7 +125,7 @@ def test_a_record_learns_what_is_not_given():
             c.Record(**bad)
 
 
-# ---- JSON --------------------------------------------------------------------------------------------------------------------------
+# ---- JSON
 
 
 def test_lists_are_read_in_any_pieces():
@@ -176,7 +178,7 @@ def test_a_huge_record_is_passed_over(tmp_path, monkeypatch):
     )  # the list is read in larger pieces
 
 
-# ---- LLaVA -------------------------------------------------------------------------------------------------------------------------
+# ---- LLaVA
 
 
 LLAVA = [
@@ -271,7 +273,7 @@ def test_llava_without_a_folder_says_so(tmp_path):
     assert shape(found) == "--r-" and "images=" in str(found[0])
 
 
-# ---- LAION -------------------------------------------------------------------------------------------------------------------------
+# ---- LAION
 
 
 def write_tar(path, members, mode="w"):
@@ -369,7 +371,7 @@ def test_other_members_do_no_harm(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before, "nothing is ever unpacked to the disk"
 
 
-# ---- MMC4 --------------------------------------------------------------------------------------------------------------------------
+# ---- MMC4
 
 
 def info(name, index, similarity=0.3):
@@ -490,7 +492,7 @@ def test_instruct_mmc4(images, tmp_path):
     assert found[0].parts == ["User: Tell me.\nAssistant:", " A.", c.Picture(str(images / "0.png"), ""), "B. C."]
 
 
-# ---- OBELICS, subjects, emoji ------------------------------------------------------------------------------------------------------
+# ---- OBELICS, subjects, emoji
 
 
 def test_obelics(images, tmp_path):
@@ -570,7 +572,7 @@ def test_typed_markers_stay_text(processor, images, tmp_path):
         assert [row.input_ids.count(i) for i in starts] == [blocks, blocks]
 
 
-# ---- a mixture ---------------------------------------------------------------------------------------------------------------------
+# ---- a mixture
 
 
 def mixture(root):
@@ -669,7 +671,7 @@ def test_streams_through_fsspec():
     )
 
 
-# ---- lanes -------------------------------------------------------------------------------------------------------------------------
+# ---- lanes
 
 
 @pytest.mark.parametrize("counts, lanes", [([7], 4), ([5, 9, 2], 4), ([3, 3, 3, 3, 3], 2), ([4, 4], 1), ([10, 1], 3)])

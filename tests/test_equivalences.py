@@ -44,7 +44,8 @@ def far_from(a, b):
 
 
 def same(a, b, levels=1):
-    """Two documents: texts equal, pictures equal within one grey level (sums are added in another order, then rounded)."""
+    """Two documents: texts equal, pictures equal within one grey level (sums are added in another order, then
+    rounded)."""
     assert [type(p) is str for p in a.parts] == [type(p) is str for p in b.parts], (a.text, b.text)
     for one, two in zip(a.parts, b.parts):
         assert one == two if isinstance(one, str) else far(one, two) <= levels
@@ -54,7 +55,8 @@ def same(a, b, levels=1):
 
 @torch.no_grad()
 def slow_generate(model, processor, prompt, max_new_tokens, seed, max_pictures=4):
-    """The same job written a second time: no cache, no batch; the whole sequence goes through `forward` again for every token."""
+    """The same job written a second time: no cache, no batch; the whole sequence goes through `forward` again for
+    every token."""
     ids, seen, wishes = [1], [], 0
     noise = torch.Generator().manual_seed(seed)
     null = model(input_ids=torch.tensor([[1] + DREAM])).conditions
@@ -173,7 +175,8 @@ def test_pictures_depend_on_the_words_and_on_guidance(trained, processor):
 
 
 def test_what_was_drawn_is_seen(trained, processor):
-    """The picture that is fed back changes what is written after it, exactly as a given picture at the same place would."""
+    """The picture that is fed back changes what is written after it, exactly as a given picture at the same place
+    would."""
     first = trained.generate(
         Document(["cat:", " a red cat", Dream()]), processor, max_new_tokens=0, num_inference_steps=STEPS, seed=1
     ).pictures[0]
@@ -206,7 +209,7 @@ def test_bounds_are_kept(trained, processor):
             max_new_tokens=tokens,
             max_pictures=pictures,
             num_inference_steps=1,
-            callback=lambda i, part: told.append(part),
+            callback=lambda i, part, told=told: told.append(part),
         )
         assert len(written.pictures) <= pictures and sum(isinstance(part, str) for part in told) <= tokens
         assert "".join(p for p in told if isinstance(p, str)) == "".join(written.texts[1:]), (
@@ -216,7 +219,8 @@ def test_bounds_are_kept(trained, processor):
 
 
 def test_guidance_is_the_formula(tiny):
-    """out = null + s (cond - null), checked against two calls of the U-Net; a scale of 1 must be the condition alone, 0 the null alone."""
+    """out = null + s (cond - null), checked against two calls of the U-Net; a scale of 1 must be the condition alone,
+    0 the null alone."""
     condition, null, noise = torch.randn(2, QUERIES, 24), torch.randn(1, QUERIES, 24), torch.randn(2, 4, 8, 8)
     one_step = lambda c, s: sample_latents(tiny.unet, tiny.scheduler, c, null, s, 1, noise=noise)
     alone, nothing = one_step(condition, 1.0), one_step(null.expand_as(condition), 1.0)
@@ -276,7 +280,8 @@ def test_the_levels_of_the_knowing_network_are_read_right():
     "kind, predicts", [(k, "epsilon") for k in SAMPLERS] + [(k, "v_prediction") for k in SAMPLERS_TO_PURE_NOISE]
 )
 def test_every_sampler_leads_a_network_that_knows_the_picture_there(kind, predicts):
-    """Whether its start and what the network is shown are scaled as it wants them; and again from another picture, noised part of the way."""
+    """Whether its start and what the network is shown are scaled as it wants them; and again from another picture,
+    noised part of the way."""
     scheduler, words = DDPMScheduler(**scheduler_config(predicts)), torch.zeros(2, 2, 8)
     z, other, noise = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     knowing = Knowing(z, scheduler)
@@ -337,11 +342,13 @@ def test_the_feature_store_holds_what_the_frozen_parts_compute(processor, tiny, 
     rows = [row_of(record, family.layout, True) for record in edits.read("edits")][:4]
     read, drawn = [[p for row in rows for p in getattr(row, role)] for role in ("images", "targets")]
     pictures = [p.open() for p in read]
-    assert torch.allclose(store.read("features", read[::-1]).float(), tiny.encode_images(processor.pixels(pictures[::-1])), atol=2e-3), (
-        "half precision, no more"
-    )
+    assert torch.allclose(
+        store.read("features", read[::-1]).float(), tiny.encode_images(processor.pixels(pictures[::-1])), atol=2e-3
+    ), "half precision, no more"
     views = torch.stack([store.read("features", read, 2, torch.Generator().manual_seed(i)) for i in range(20)])
-    assert [len(views[:, n].float().unique(dim=0)) for n in range(len(read))] == [2] * len(read), "the picture and one altered copy"
+    assert [len(views[:, n].float().unique(dim=0)) for n in range(len(read))] == [2] * len(read), (
+        "the picture and one altered copy"
+    )
     posterior = tiny.vae.encode(
         torch.stack([torch.tensor(np.asarray(p.open())).permute(2, 0, 1) / 127.5 - 1 for p in drawn])
     ).latent_dist
@@ -398,7 +405,8 @@ def test_a_query_sees_the_words_before_it_and_no_others(processor, tiny):
 # ---------------------------------------------------------------- gradients
 
 def test_gradient_reaches_the_conditions_through_the_frozen_unet(processor, tiny):
-    """From the denoising loss alone: queries, condition projector, language model, and the projector of the picture that came before."""
+    """From the denoising loss alone: queries, condition projector, language model, and the projector of the picture
+    that came before."""
     batch = processor(Document([picture(2), "a red cat", picture(1)], given=2))
     out = tiny(**batch, **{**fixed_draws(1), "condition_drop_mask": torch.tensor([False])})
     out.image_loss.backward()
@@ -485,7 +493,9 @@ def train_stage(model, processor, stage, world, folder=None, seed=0, **options):
     """One stage on a small world; the rows of its log."""
     settings = Settings(lanes=4, seed=seed, precision="bf16", betas=(0.9, 0.99), weight_decay=0.01)
     family = DreamLLMFamily(model, processor)
-    return Trainer.of_stage(family, stage, corpora_of(stage, world=world), folder, settings, progress=False, **options).train()
+    return Trainer.of_stage(
+        family, stage, corpora_of(stage, world=world), folder, settings, progress=False, **options
+    ).train()
 
 
 def test_a_stage_changes_what_it_trains_and_nothing_else(processor, tiny, world):
@@ -516,7 +526,9 @@ def test_weight_decay_is_what_the_settings_say(processor, world):
         stage = Stage("test", ("dream_queries",), {"pairs/draw": 1.0}, 0.1, 1, 4, warmup=0, ema_decay=0.0)
         family = DreamLLMFamily(model, processor)
         settings = Settings(lanes=4, weight_decay=decay)
-        Trainer.of_stage(family, stage, corpora_of(stage, world=small(world)), settings=settings, progress=False).train()
+        Trainer.of_stage(
+            family, stage, corpora_of(stage, world=small(world)), settings=settings, progress=False
+        ).train()
         moved.append((before, model.dream_queries.weight.detach()))
     torch.testing.assert_close(moved[0][1] - moved[1][1], 0.1 * 0.5 * moved[0][0], atol=1e-6, rtol=0)
 
@@ -525,7 +537,9 @@ def test_weight_decay_is_what_the_settings_say(processor, world):
 def test_set_trainable(trains, tiny):
     set_trainable(tiny, Stage("any", trains, {}, 1e-3, 1, 1, lm_loss_weight=2.0, image_loss_weight=3.0))
     assert {name.split(".")[0] for name, p in tiny.named_parameters() if p.requires_grad} == set(trains)
-    assert (tiny.config.lm_loss_weight, tiny.config.image_loss_weight) == (1.0, 10.0), "a stage's weights are not the model's"
+    assert (tiny.config.lm_loss_weight, tiny.config.image_loss_weight) == (1.0, 10.0), (
+        "a stage's weights are not the model's"
+    )
 
 
 def test_condition_dropout_trains_the_null_condition(processor, tiny):
@@ -594,7 +608,9 @@ def losses_of(history):
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_resumed_training_is_uninterrupted_training(precision, processor, tmp_path):
     """DreamLLM, bit for bit: weights, losses; stopped between two saves, and after one."""
-    options = dict(steps=6, learning_rate=1e-3, seed=3, warmup=2, ema_decay=0.9, precision=precision, save_every=2, progress=False)
+    options = dict(
+        steps=6, learning_rate=1e-3, seed=3, warmup=2, ema_decay=0.9, precision=precision, save_every=2, progress=False
+    )
     loss = tiny_loss(processor)
     whole, history = train_part(make_tiny(), loss, folder=tmp_path / "whole", **options)
     interrupted = Stop(loss, 3)
@@ -620,7 +636,8 @@ def test_resumed_training_is_uninterrupted_training(precision, processor, tmp_pa
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("at", [1, 2, 7, None])
 def test_a_net_that_counts_resumes_too(ema_decay, at, tmp_path):
-    """Batch norm's running mean and variance are no parameters, but the judge is worth nothing without them. `at=None`: the second call finds all steps made."""
+    """Batch norm's running mean and variance are no parameters, but the judge is worth nothing without them.
+    `at=None`: the second call finds all steps made."""
     options = dict(steps=9, learning_rate=1e-2, warmup=2, ema_decay=ema_decay, precision="no", progress=False)
     whole, history = train_part(Counting(), noisy_loss, **options)
     if at is None:
@@ -641,7 +658,10 @@ def test_all_stages_resume(processor, world, tmp_path):
     second = Stage("second", STAGE.trains + ("language_model",), {"pairs": 1.0}, 1e-3, 4, 4, warmup=1, ema_decay=0.9)
 
     def job(model, folder, **options):
-        return [losses_of(train_stage(model, processor, stage, few, folder / stage.name, 2, **options)) for stage in (STAGE, second)]
+        return [
+            losses_of(train_stage(model, processor, stage, few, folder / stage.name, 2, **options))
+            for stage in (STAGE, second)
+        ]
 
     def stop(step, trainer):
         if trainer.task.name == "stage second" and step == 0:
@@ -720,7 +740,8 @@ def test_the_average_answers_with_its_own_weights(processor):
 
 
 def test_learning_learns(processor):
-    """The whole chain in one number: the denoising loss of two documents falls when only queries and condition projector may move."""
+    """The whole chain in one number: the denoising loss of two documents falls when only queries and condition
+    projector may move."""
     model = make_tiny()
     set_trainable(model, Stage("any", ("dream_queries", "condition_projector"), {}, 1e-3, 1, 1))
     batch, draws = (

@@ -949,7 +949,9 @@ print(type(model.generate(Document(['a cat']), processor, max_new_tokens=1, max_
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "Document", done.stderr[-500:]
-    assert (tmp_path / "out/model.safetensors").exists() and (tmp_path / "out/tokenizer.model").read_text() == "mine", "what lay there stays"
+    assert (tmp_path / "out/model.safetensors").exists() and (tmp_path / "out/tokenizer.model").read_text() == "mine", (
+        "what lay there stays"
+    )
 
 
 def test_the_official_behaviour_is_a_class_of_its_own(tmp_path):
@@ -967,5 +969,8 @@ def test_the_official_behaviour_is_a_class_of_its_own(tmp_path):
         same(loaded, theirs)
     with torch.no_grad():
         assert loaded(**batch()).image_loss is None, "quirk 16"
-    source = "".join((Path(module.__file__)).read_text() for module in (sys.modules[DreamLLM.__module__], sys.modules[DreamLLM.generate.__module__]))
+    source = "".join(
+        (Path(module.__file__)).read_text()
+        for module in (sys.modules[DreamLLM.__module__], sys.modules[DreamLLM.generate.__module__])
+    )
     assert "== \"official\"" not in source

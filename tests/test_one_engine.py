@@ -1,4 +1,5 @@
-"""The lesson's loop (padded documents, one after the other) and the trainer for every scale (packed rows, shares) are one training."""
+"""The lesson's loop (padded documents, one after the other) and the trainer for every scale (packed rows, shares) are
+one training."""
 
 from dataclasses import replace
 

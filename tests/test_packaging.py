@@ -218,15 +218,19 @@ def test_the_wheel_is_whole(wheel):
 
 
 def test_the_wheel_works_from_anywhere(wheel, tmp_path):
-    """Unpacked elsewhere, without the checkout: data and templates are found inside the package, and a picture and a page's table come out of them."""
+    """Unpacked elsewhere, without the checkout: data and templates are found inside the package, and a picture and a
+    page's
+    table come out of them."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
         "import dreamllm_edu, pathlib; from dreamllm_edu.data import World, read_definitions, load; w = World(); "
-        "assert pathlib.Path(dreamllm_edu.__file__).is_relative_to(r'%s') and w.folder.name == '_data', (dreamllm_edu.__file__, w.folder); "
+        "assert pathlib.Path(dreamllm_edu.__file__).is_relative_to(r'%s') and w.folder.name == '_data', "
+        "(dreamllm_edu.__file__, w.folder); "
         "assert w.picture('noto/' + w.by_name['cat']['key']).size == (64, 64) and len(read_definitions()) > 117000; "
         "from dreamllm_edu.training.recipe import recipe_of; assert recipe_of('mini').stages; "
-        "from dreamllm_edu.app.page import cell; assert '<img' in cell(w.picture('noto/' + w.by_name['cat']['key']), 'cat'); print('fine')"
+        "from dreamllm_edu.app.page import cell; "
+        "assert '<img' in cell(w.picture('noto/' + w.by_name['cat']['key']), 'cat'); print('fine')"
     ) % (tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
     run = subprocess.run(
@@ -714,6 +718,12 @@ def test_public_functions_have_types():
         for node in [*tree.body, *(inner for cls in classes for inner in cls.body)]:
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
                 continue
-            given = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            given = [
+                a
+                for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if a.arg not in ("self", "cls")
+            ]
             bare = [a.arg for a in given if a.annotation is None]
-            assert not bare and node.returns is not None, f"{path.relative_to(PACKAGE)}: {node.name} lacks types of {bare or 'its result'}"
+            assert not bare and node.returns is not None, (
+                f"{path.relative_to(PACKAGE)}: {node.name} lacks types of {bare or 'its result'}"
+            )

@@ -1,14 +1,17 @@
 """The chat template: a conversation in transformers' format becomes the document that the model was trained on."""
 import pytest
 import torch
-from conftest import CONTEXT, picture
 
 from dreamllm_edu.data.tasks import dialogues, edits, to_document
 from dreamllm_edu.documents.document import Document, Dream
 from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS
 
+from conftest import CONTEXT, picture
+
 PICTURE = picture(1)
-QUESTION = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "what is this?"}]}]
+QUESTION = [
+    {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "what is this?"}]}
+]
 PROMPT = ["User: ", PICTURE, " what is this?\nAssistant:"]
 
 
@@ -38,7 +41,9 @@ def as_conversation(document):
 def test_a_question_about_a_picture_is_the_prompt_of_the_training_dialogues(processor):
     document = processor.apply_chat_template(QUESTION)
     assert isinstance(document, Document) and document == Document(PROMPT, 3)
-    assert processor.apply_chat_template(QUESTION, add_generation_prompt=False) == Document(["User: ", PICTURE, " what is this?"], 3)
+    assert processor.apply_chat_template(QUESTION, add_generation_prompt=False) == Document(
+        ["User: ", PICTURE, " what is this?"], 3
+    )
 
 
 def test_the_template_gives_back_every_kind_of_training_dialogue(processor, world):
@@ -59,15 +64,36 @@ def test_an_answer_is_learned_and_all_turns_before_it_are_given(processor):
 
 
 def test_a_picture_may_end_a_turn(processor):
-    drawn = [user("show me a cat."), assistant([{"type": "text", "text": "Here is cat:"}, {"type": "image", "image": PICTURE}])]
-    assert processor.apply_chat_template(drawn) == Document(["User: show me a cat.\nAssistant:", " Here is cat:", PICTURE], 1)
+    drawn = [
+        user("show me a cat."),
+        assistant([{"type": "text", "text": "Here is cat:"}, {"type": "image", "image": PICTURE}]),
+    ]
+    assert processor.apply_chat_template(drawn) == Document(
+        ["User: show me a cat.\nAssistant:", " Here is cat:", PICTURE], 1
+    )
     document = processor.apply_chat_template(drawn + [user([{"type": "image", "image": PICTURE}])])
-    assert document.parts == ["User: show me a cat.\nAssistant:", " Here is cat:", PICTURE, "\n", "User: ", PICTURE, "\nAssistant:"]
+    assert document.parts == [
+        "User: show me a cat.\nAssistant:",
+        " Here is cat:",
+        PICTURE,
+        "\n",
+        "User: ",
+        PICTURE,
+        "\nAssistant:",
+    ]
 
 
-@pytest.mark.parametrize("content", [
-    "what is this?", "  what is this?\n", [{"type": "text", "text": "what is this?"}], ({"type": "text", "text": "what is this?"},),
-    [{"type": "text", "text": "what"}, {"type": "text", "text": " is this? "}], [{"type": "text", "text": ""}, {"type": "text", "text": "what is this?"}]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "what is this?",
+        "  what is this?\n",
+        [{"type": "text", "text": "what is this?"}],
+        ({"type": "text", "text": "what is this?"},),
+        [{"type": "text", "text": "what"}, {"type": "text", "text": " is this? "}],
+        [{"type": "text", "text": ""}, {"type": "text", "text": "what is this?"}],
+    ],
+)
 def test_a_text_may_come_as_a_string_or_in_items(content, processor):
     assert processor.apply_chat_template([user(content)]) == Document(["User: what is this?\nAssistant:"], 1)
 
@@ -94,9 +120,14 @@ def test_a_dream_asks_for_a_picture(processor, tiny):
 
 def test_tokens_of_a_prompt_are_those_of_its_document_without_an_end(processor):
     """With `</s>` behind it a prompt would be over before the answer."""
-    batch = processor.apply_chat_template(QUESTION, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    batch = processor.apply_chat_template(
+        QUESTION, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
     whole = processor(Document(PROMPT, 3))
-    assert torch.equal(batch["input_ids"], whole["input_ids"][:, :-1]) and whole["input_ids"][0, -1] == processor.layout.id["</s>"]
+    assert (
+        torch.equal(batch["input_ids"], whole["input_ids"][:, :-1])
+        and whole["input_ids"][0, -1] == processor.layout.id["</s>"]
+    )
     assert torch.equal(batch["pixel_values"], whole["pixel_values"]) and (batch["labels"] == -100).all()
     with pytest.raises(ValueError, match=f"context holds {CONTEXT}"):
         processor.apply_chat_template([user("a red cat " * CONTEXT)], tokenize=True)
@@ -104,31 +135,54 @@ def test_tokens_of_a_prompt_are_those_of_its_document_without_an_end(processor):
 
 def test_tokens_of_an_answered_conversation_are_those_of_its_document(processor):
     conversation = QUESTION + [assistant(["a cat", PICTURE])]
-    batch, whole = processor.apply_chat_template(conversation, tokenize=True), processor(processor.apply_chat_template(conversation))
+    batch, whole = (
+        processor.apply_chat_template(conversation, tokenize=True),
+        processor(processor.apply_chat_template(conversation)),
+    )
     assert set(batch) == set(whole) == {"input_ids", "attention_mask", "labels", "pixel_values", "target_pixel_values"}
     assert all(torch.equal(batch[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("marker", [*SPECIAL_TOKENS, "<dream>"])
 def test_text_of_a_user_never_becomes_a_special_token(marker, processor):
-    conversation = [user(f"{marker} a {marker}"), assistant(f"{marker}"), user([{"type": "text", "text": marker}, {"type": "text", "text": f"b{marker}"}])]
+    conversation = [
+        user(f"{marker} a {marker}"),
+        assistant(f"{marker}"),
+        user([{"type": "text", "text": marker}, {"type": "text", "text": f"b{marker}"}]),
+    ]
     assert all(isinstance(part, str) for part in processor.apply_chat_template(conversation).parts)
     ids = processor.apply_chat_template(conversation, tokenize=True)["input_ids"][0].tolist()
     assert ids[0] == processor.layout.id["<s>"] and not set(processor.layout.id.values()) & set(ids[1:])
     assert processor.decode(ids).count(marker) == 5, "the text must come back as it was typed"
 
 
-@pytest.mark.parametrize("conversation, message", [
-    ([{"role": "system", "content": "Be kind."}, user("hi")], "message 0: unknown role 'system'.*'user' and 'assistant'"),
-    ([{"content": "hi"}], "unknown role None"),
-    ([assistant("hi")], "message 0: role 'assistant' where 'user' is expected"),
-    ([user("hi"), user("again")], "message 1: role 'user' where 'assistant' is expected"),
-    ([], "give a conversation"), ("hi", "give a conversation"), (None, "give a conversation"), ([[user("hi")]], "message 0 is a list"),
-    ([user([{"type": "video", "video": "a.mp4"}])], "message 0: unknown type 'video'.*text.*image.*dream"),
-    ([user([{"text": "hi"}])], "unknown type None"), ([user([{"type": "text"}])], "message 0: text is a NoneType"),
-    ([user([{"type": "text", "text": 7}])], "text is a int"), ([user([{"type": "image", "image": "cat.png"}])], "image is a str; .*PIL.Image"),
-    ([user([7])], "the content is a int"), ([user(None)], "the content is a NoneType"), ([{"role": "user"}], "the content is a NoneType"),
-    ([user("")], "message 0: the content is empty"), ([user([])], "the content is empty"), ([user("hi"), assistant("  \n")], "message 1: the content is empty")])
+@pytest.mark.parametrize(
+    "conversation, message",
+    [
+        (
+            [{"role": "system", "content": "Be kind."}, user("hi")],
+            "message 0: unknown role 'system'.*'user' and 'assistant'",
+        ),
+        ([{"content": "hi"}], "unknown role None"),
+        ([assistant("hi")], "message 0: role 'assistant' where 'user' is expected"),
+        ([user("hi"), user("again")], "message 1: role 'user' where 'assistant' is expected"),
+        ([], "give a conversation"),
+        ("hi", "give a conversation"),
+        (None, "give a conversation"),
+        ([[user("hi")]], "message 0 is a list"),
+        ([user([{"type": "video", "video": "a.mp4"}])], "message 0: unknown type 'video'.*text.*image.*dream"),
+        ([user([{"text": "hi"}])], "unknown type None"),
+        ([user([{"type": "text"}])], "message 0: text is a NoneType"),
+        ([user([{"type": "text", "text": 7}])], "text is a int"),
+        ([user([{"type": "image", "image": "cat.png"}])], "image is a str; .*PIL.Image"),
+        ([user([7])], "the content is a int"),
+        ([user(None)], "the content is a NoneType"),
+        ([{"role": "user"}], "the content is a NoneType"),
+        ([user("")], "message 0: the content is empty"),
+        ([user([])], "the content is empty"),
+        ([user("hi"), assistant("  \n")], "message 1: the content is empty"),
+    ],
+)
 def test_what_cannot_be_a_conversation_is_refused_with_what_can(conversation, message, processor):
     with pytest.raises(ValueError, match=message):
         processor.apply_chat_template(conversation)

@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny
 
 import dreamllm_edu
 from dreamllm_edu import Document, Dream, DreamLLM, DreamLLMPipeline, DreamLLMProcessor, World
 from dreamllm_edu.models.dreamllm.generation import DiffusionDrawer
+
+from conftest import ROOT, make_tiny
 
 NAMES = ["DreamLLM", "DreamLLMConfig", "DreamLLMProcessor", "DreamLLMPipeline", "Document", "Dream", "World"]
 

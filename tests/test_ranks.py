@@ -1,4 +1,5 @@
-"""Two and four processes over gloo: FSDP2 = DDP = one process, for every stage; checkpoints of two are read by one and by four; a rank that dies."""
+"""Two and four processes over gloo: FSDP2 = DDP = one process, for every stage; checkpoints of two are read by one
+and by four; a rank that dies."""
 
 import os
 import shutil
@@ -188,7 +189,8 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])
 def test_the_launcher_chooses_how_to_share(tmp_path, asked):
-    """What `accelerate launch` does with a configuration file: it starts processes and says in their environment what was asked for."""
+    """What `accelerate launch` does with a configuration file: it starts processes and says in their environment what
+    was asked for."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

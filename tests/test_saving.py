@@ -1,4 +1,5 @@
-"""What is saved is whole, belongs together and comes back; a run that is stopped anywhere goes on as if nothing had happened."""
+"""What is saved is whole, belongs together and comes back; a run that is stopped anywhere goes on as if nothing had
+happened."""
 
 import json
 import os
@@ -118,6 +119,31 @@ def test_ctrl_c_anywhere_in_a_step_resumes_to_the_last_bit(where, tmp_path, monk
     assert last_checkpoint(tmp_path)[1]["step"] == 4
     again, resumed = run(tmp_path)
     assert [r["loss"] for r in history] == [r["loss"] for r in resumed]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_convolutions_with_channels_last_resume_to_the_last_bit(tmp_path):
+    """As the VAE, the U-Net and the judge are trained: their weights lie in memory in another order than their names
+    say, those of 1 x 1 convolutions in the same one."""
+    def net():
+        torch.manual_seed(0)
+        layers = (torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 6, 1), torch.nn.Conv2d(6, 1, 1))
+        return torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    def train(folder, **options):
+        loss = lambda m, step, g: {"loss": m(torch.randn(2, 3, 5, 5, generator=g)).square().mean()}
+        return train_part(net(), loss, 6, 1e-2, folder=folder, warmup=1, ema_decay=0.9, precision="no", save_every=2,
+                          progress=False, **options)
+
+    def die(step, trainer):
+        if step == 2:
+            raise MemoryError
+
+    whole, history = train(None)
+    with pytest.raises(MemoryError):
+        train(tmp_path, on_step=die)
+    again, resumed = train(tmp_path)
+    assert [row["loss"] for row in history] == [row["loss"] for row in resumed]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 
 

@@ -41,14 +41,37 @@ def count(text: str) -> int:
 def add_training(command: AddCommand) -> None:
     """The commands `pretrain` and `train`."""
     p = command("pretrain", "make the parts from scratch, one of them or all", "dreamllm-edu pretrain all")
-    p.add_argument("part", choices=["tokenizer", "clip", "vae", "language", "judge", "unet", "decoder", "all"], help="what to make; all: in the order of need")
-    p.add_argument("--out", type=Path, default=Path(".runs/parts"), metavar="FOLDER", help="where the finished parts go")
-    p.add_argument("--runs", type=Path, default=Path(".runs/work"), metavar="FOLDER", help="where the resumable state lies")
+    p.add_argument(
+        "part",
+        choices=["tokenizer", "clip", "vae", "language", "judge", "unet", "decoder", "all"],
+        help="what to make; all: in the order of need",
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path(".runs/parts"), metavar="FOLDER", help="where the finished parts go"
+    )
+    p.add_argument(
+        "--runs", type=Path, default=Path(".runs/work"), metavar="FOLDER", help="where the resumable state lies"
+    )
     p.add_argument("--steps", type=count, metavar="N", help="training steps instead of the part's own number")
-    p.add_argument("--init", type=Path, metavar="FOLDER", help="parts from which clip (its vision tower), language or unet are trained further")
-    p.add_argument("--compile", action="store_true", help="compile the U-Net, by far the longest training: worth its minute of waiting, needs a C++ compiler")
-    p = command("train", "train the stages of a recipe, from pretrained parts", "dreamllm-edu train --steps 200 1000 500 --out .runs/short")
-    p.add_argument("options", nargs=argparse.REMAINDER, help="the options of python -m dreamllm_edu.train; --help lists them")
+    p.add_argument(
+        "--init",
+        type=Path,
+        metavar="FOLDER",
+        help="parts from which clip (its vision tower), language or unet are trained further",
+    )
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the U-Net, by far the longest training: worth its minute of waiting, needs a C++ compiler",
+    )
+    p = command(
+        "train",
+        "train the stages of a recipe, from pretrained parts",
+        "dreamllm-edu train --steps 200 1000 500 --out .runs/short",
+    )
+    p.add_argument(
+        "options", nargs=argparse.REMAINDER, help="the options of python -m dreamllm_edu.train; --help lists them"
+    )
 
 
 def add_plan(command: AddCommand) -> None:

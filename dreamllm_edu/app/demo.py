@@ -77,9 +77,18 @@ def quick_training(processor: DreamLLMProcessor, judge: Judge, world: World, ste
             histories.append(trainer.train())
             shown.append(draw(model, processor, texts))
             labels.append(f"after stage {stage.name}")
-    return {"model": model, "prompts": prompts, "texts": texts, "shown": shown, "labels": labels, "histories": histories,
-            "stages": [s.name for s in stages], "n": n, "untrained": before,
-            "trained": quick_scores(model, processor, judge, world, n, progress)}
+    return {
+        "model": model,
+        "prompts": prompts,
+        "texts": texts,
+        "shown": shown,
+        "labels": labels,
+        "histories": histories,
+        "stages": [s.name for s in stages],
+        "n": n,
+        "untrained": before,
+        "trained": quick_scores(model, processor, judge, world, n, progress),
+    }
 
 # %% ../../nbs/13_demo.ipynb #3ae79e14
 def quick_scores(model: DreamLLM, processor: DreamLLMProcessor, judge: Judge, world: World, n: int,

@@ -97,9 +97,14 @@ def start_processes(options: Options, settings: Settings) -> tuple[Accelerator, 
     strategy that its launcher chose (FSDP2, ZeRO-3 or DDP) where they say "auto"."""
     if options.trackers is None:
         options.trackers = ("tensorboard",) if find_spec("tensorboard") else ()
-    chosen = {way: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for way, name in (("fsdp2", "FSDP"), ("zero3", "DEEPSPEED"))}
+    chosen = {
+        way: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true")
+        for way, name in (("fsdp2", "FSDP"), ("zero3", "DEEPSPEED"))
+    }
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is made by `ZeRO3`; accelerate would want its own
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(options.trackers) or None, project_dir=str(options.out))
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=list(options.trackers) or None, project_dir=str(options.out)
+    )
     strategy = settings.strategy
     if strategy == "auto" and accelerator.num_processes > 1:
         strategy = next((way for way in chosen if chosen[way]), "ddp")
@@ -116,11 +121,15 @@ def initial_weights(options: Options, recipe: Recipe, number: int) -> Path | Non
         return None
     before = options.out / recipe.stages[number - 2].name / "trained.safetensors"
     if not before.exists():
-        raise ValueError(f"stage {number} starts where stage {number - 1} ended, but {before} is not there; train it first, or give --init")
+        raise ValueError(
+            f"stage {number} starts where stage {number - 1} ended, but {before} is not there; train it first, or give --init"
+        )
     return before
 
 
-def feature_store(options: Options, settings: Settings, stage: Stage, family: Family, corpora: list) -> FeatureStore | None:
+def feature_store(
+    options: Options, settings: Settings, stage: Stage, family: Family, corpora: list
+) -> FeatureStore | None:
     """The store in --cache, or in OUT/features if the recipe wants one; filled if it is wanted."""
     wanted = settings.store or options.fill_cache
     if options.fill_cache and not options.cache:
@@ -130,14 +139,18 @@ def feature_store(options: Options, settings: Settings, stage: Stage, family: Fa
     store = FeatureStore(options.cache or options.out / "features", fingerprint(family), resident=settings.store)
     if wanted:
         rank, world = rank_and_world()
-        done = fill_store(store, family, corpora, stage.read_last, settings.views, progress=rank == 0, shards=slice(rank, None, world))
+        done = fill_store(
+            store, family, corpora, stage.read_last, settings.views, progress=rank == 0, shards=slice(rank, None, world)
+        )
         if options.fill_cache:
             print(done)
         barrier()
     return store
 
 # %% ../../nbs/19_full_scale.ipynb #4093f34d
-def train_stage(options: Options, recipe: Recipe, number: int, accelerator: Accelerator, settings: Settings) -> Path | None:
+def train_stage(
+    options: Options, recipe: Recipe, number: int, accelerator: Accelerator, settings: Settings
+) -> Path | None:
     """Train one stage and write its weights and report. Returns its folder, or None after --fill-cache."""
     stage = recipe.stages[number - 1]
     folder, weights = options.out / stage.name, initial_weights(options, recipe, number)
@@ -180,7 +193,9 @@ def train(options: Options, recipe: Recipe) -> None:
         write_text(options.out / "training.json", json.dumps(made, indent=1) + "\n")
         (options.out / "trained.safetensors").write_bytes((folders[-1] / "trained.safetensors").read_bytes())
         hours = sum(stage["seconds"] for stage in made.values()) / 3600
-        print(f"trained weights: {options.out / 'trained.safetensors'}, after {sum(s['steps'] for s in made.values()):,} steps, {hours:.1f} hours")
+        print(
+            f"trained weights: {options.out / 'trained.safetensors'}, after {sum(s['steps'] for s in made.values()):,} steps, {hours:.1f} hours"
+        )
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -207,8 +222,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m dreamllm_edu.trai
     except RuntimeError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        print(f"{prog}{where}: the exchange with the other ranks broke ({str(error).splitlines()[0]}); if one of them died, "
-              f"start again: training resumes from the last checkpoint in {out}", file=sys.stderr)
+        print(
+            f"{prog}{where}: the exchange with the other ranks broke ({str(error).splitlines()[0]}); if one of them died, "
+            f"start again: training resumes from the last checkpoint in {out}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -87,7 +87,9 @@ def places_of(items: list[Item], role: str) -> torch.Tensor:
 def joined(items: list[Item], table: str) -> dict[str, torch.Tensor]:
     """The tensors of one table of all items, by key, end to end."""
     keys = dict.fromkeys(key for item in items for key in getattr(item, table))
-    return {key: torch.cat([getattr(item, table)[key] for item in items if key in getattr(item, table)]) for key in keys}
+    return {
+        key: torch.cat([getattr(item, table)[key] for item in items if key in getattr(item, table)]) for key in keys
+    }
 
 
 def row_length(lengths: list[int], max_length: int, shortest: int = 128) -> int:
@@ -108,10 +110,16 @@ def pack_items(items: list[Item], layout: Layout, max_length: int, extra: list[S
         else:
             bins.append([i])
     laid = [items[i] for b in bins for i in b if i < len(items)]  # pictures go in the order of their blocks
-    return Batch(**packed_rows(rows, bins, layout.pad_token_id), stored=joined(laid, "stored"), pixels=joined(laid, "pixels"),
-                 places={role: places_of(laid, role) for role in ROLES}, random=joined(laid, "random"),
-                 corpus_of_token=[item.corpus for item in laid for label in item.row.labels[1:] if label != -100],
-                 corpus_of_picture=[item.corpus for item in laid for _ in item.row.targets], names=[item.name for item in laid])
+    return Batch(
+        **packed_rows(rows, bins, layout.pad_token_id),
+        stored=joined(laid, "stored"),
+        pixels=joined(laid, "pixels"),
+        places={role: places_of(laid, role) for role in ROLES},
+        random=joined(laid, "random"),
+        corpus_of_token=[item.corpus for item in laid for label in item.row.labels[1:] if label != -100],
+        corpus_of_picture=[item.corpus for item in laid for _ in item.row.targets],
+        names=[item.name for item in laid],
+    )
 
 # %% ../../nbs/19_full_scale.ipynb #1584d2ea
 def choose_corpus(corpora: list[Corpus], seed: int, step: int) -> Corpus:
@@ -123,8 +131,10 @@ def check_batch(stage: Stage, corpora: list[Corpus], settings: Settings) -> None
     """`ValueError` unless the documents of a step can be shared evenly by the lanes."""
     sizes = [stage.batch, *(corpus.documents for corpus in corpora if corpus.documents)]
     if not corpora or any(size % settings.lanes for size in sizes):
-        raise ValueError(f"a batch of {stage.batch} over {settings.lanes} lanes and {len(corpora)} corpora: the batch (and every "
-                         "corpus' 'documents') must be a multiple of the lanes, and there must be something to learn from")
+        raise ValueError(
+            f"a batch of {stage.batch} over {settings.lanes} lanes and {len(corpora)} corpora: the batch (and every "
+            "corpus' 'documents') must be a multiple of the lanes, and there must be something to learn from"
+        )
 
 # %% ../../nbs/19_full_scale.ipynb #8ca463f4
 class Steps(IterableDataset):
@@ -134,11 +144,28 @@ class Steps(IterableDataset):
     `objective`: makes the random inputs. `states`: of an earlier run's last step, `step`: its number.
     With `settings.mixing == "step"` all documents of a step are of one corpus, as many as the
     corpus' `documents` says (default: the stage's batch)."""
-    def __init__(self, family: Family, objective: Objective, stage: Stage, corpora: list[Corpus], settings: Settings,
-                 rank: int = 0, world: int = 1, step: int = 0, states: dict | None = None, store: FeatureStore | None = None):
+    def __init__(
+        self,
+        family: Family,
+        objective: Objective,
+        stage: Stage,
+        corpora: list[Corpus],
+        settings: Settings,
+        rank: int = 0,
+        world: int = 1,
+        step: int = 0,
+        states: dict | None = None,
+        store: FeatureStore | None = None,
+    ):
         super().__init__()
         check_batch(stage, corpora, settings)
-        self.layout, self.objective, self.stage, self.corpora, self.settings = family.layout, objective, stage, corpora, settings
+        self.layout, self.objective, self.stage, self.corpora, self.settings = (
+            family.layout,
+            objective,
+            stage,
+            corpora,
+            settings,
+        )
         self.pixels_of = {role: encoder.pixels for role, encoder in family.encoders.items()}
         self.names = {role: encoder.name for role, encoder in family.encoders.items()}
         self.views = {role: settings.views if encoder.augmented else 1 for role, encoder in family.encoders.items()}
@@ -152,7 +179,9 @@ class Steps(IterableDataset):
         for role in ROLES:
             pictures = getattr(row, role)
             if pictures:
-                stored = self.store.read(self.names[role], pictures, self.views[role], generator) if self.store else None
+                stored = (
+                    self.store.read(self.names[role], pictures, self.views[role], generator) if self.store else None
+                )
                 if stored is not None:
                     item.stored[role] = stored
                 else:
@@ -179,7 +208,11 @@ class Steps(IterableDataset):
         while True:
             corpus = choose_corpus(self.corpora, seed, step) if self.settings.mixing == "step" else None
             documents = corpus.documents if corpus and corpus.documents else self.stage.batch
-            items = [self.draw(stream, lane, (i, lane), corpus) for i in range(documents // lanes) for lane, stream in streams.items()]
+            items = [
+                self.draw(stream, lane, (i, lane), corpus)
+                for i in range(documents // lanes)
+                for lane, stream in streams.items()
+            ]
             step += 1
             yield items, {str(lane): stream.state() for lane, stream in streams.items()}
 

@@ -46,7 +46,9 @@ def restore_shares(strategy: Strategy, shares: dict[str, Share], trained: dict[s
         b.copy_(shares[f"buffer/{name}"].values.view(b.shape))
 
 # %% ../../nbs/19_full_scale.ipynb #9990eafa
-def save_checkpoint(folder: Path | str, shares: dict[str, Share], state: dict, keep: int = 3, sharded: bool = False) -> None:
+def save_checkpoint(
+    folder: Path | str, shares: dict[str, Share], state: dict, keep: int = 3, sharded: bool = False
+) -> None:
     """Write `folder`/step-N, which all processes must see: this process's `shares` by name, and
     `state` (JSON: step, lanes, run ...). Keeps the last `keep`. `OSError` on every process when one
     could not write; the checkpoints before stay. A process that fails takes part in every collective
@@ -63,8 +65,14 @@ def save_checkpoint(folder: Path | str, shares: dict[str, Share], state: dict, k
     try:
         if sharded or rank == 0:
             path = aside / f"rank-{rank:05}.safetensors"
-            where = {name: (share.first, share.first + len(share.values), share.shape) for name, share in shares.items()}
-            save_file({name: share.values.contiguous().cpu() for name, share in shares.items()}, path, {"shares": json.dumps(where)})
+            where = {
+                name: (share.first, share.first + len(share.values), share.shape) for name, share in shares.items()
+            }
+            save_file(
+                {name: share.values.contiguous().cpu() for name, share in shares.items()},
+                path,
+                {"shares": json.dumps(where)},
+            )
             apply_umask(path)
             mine = {path.name: [path.stat().st_size, checksum(path)]}
     except (OSError, SafetensorError) as error:
@@ -82,7 +90,9 @@ def save_checkpoint(folder: Path | str, shares: dict[str, Share], state: dict, k
     if all_reduce(float(problem is not None)):
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"could not save {final} ({problem or 'another process failed'}); free some space, the checkpoints before are untouched")
+        raise OSError(
+            f"could not save {final} ({problem or 'another process failed'}); free some space, the checkpoints before are untouched"
+        )
 
 # %% ../../nbs/19_full_scale.ipynb #ef2cba60
 def whole_checkpoint(folder: Path) -> dict:
@@ -135,7 +145,9 @@ def load_checkpoint(path: Path, shares: dict[str, Share]) -> None:
     where = [json.loads(file.metadata()["shares"]) for file in files]
     stored = {name for inside in where for name in inside}
     if stored != set(shares):
-        raise ValueError(f"{path} holds other tensors than the model trains, such as {sorted(stored ^ set(shares))[0]}; give another folder, or delete it")
+        raise ValueError(
+            f"{path} holds other tensors than the model trains, such as {sorted(stored ^ set(shares))[0]}; give another folder, or delete it"
+        )
     for name, share in shares.items():
         values = read_share(files, where, name, share)
         if values is None or len(values) != len(share.values):

@@ -28,7 +28,10 @@ class FeatureStore:
 
     `dtype`: half precision takes half the space; float32 changes no bit. `resident`: keep what is
     read in memory, for corpora that fit there."""
-    def __init__(self, folder: Path | str, fingerprint: str, dtype: torch.dtype = torch.float16, resident: bool = False):
+
+    def __init__(
+        self, folder: Path | str, fingerprint: str, dtype: torch.dtype = torch.float16, resident: bool = False
+    ):
         self.folder, self.dtype, self.resident = Path(folder) / fingerprint, dtype, resident
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "index.sqlite"
@@ -51,7 +54,9 @@ class FeatureStore:
         name = f"{kind}-{sha256(''.join(keys).encode()).hexdigest()[:16]}.safetensors"
         write_tensors(self.folder / name, {kind: tensors.to(self.dtype).contiguous()})
         with self.connect() as index:
-            index.executemany("insert or ignore into rows values (?, ?, ?, ?)", [(kind, key, name, i) for i, key in enumerate(keys)])
+            index.executemany(
+                "insert or ignore into rows values (?, ?, ?, ?)", [(kind, key, name, i) for i, key in enumerate(keys)]
+            )
 
     def find(self, kind: str, key: str) -> tuple[str, int] | None:
         """(file, row) of a stored picture, or None."""
@@ -70,10 +75,14 @@ class FeatureStore:
             self.files[file] = opened.get_tensor(kind) if self.resident else opened.get_slice(kind)
         return self.files[file][row] if self.resident else self.files[file][row:row + 1][0]
 
-    def read(self, kind: str, pictures: list, views: int = 1, generator: torch.Generator | None = None) -> torch.Tensor | None:
+    def read(
+        self, kind: str, pictures: list, views: int = 1, generator: torch.Generator | None = None
+    ) -> torch.Tensor | None:
         """[n, ...] of the pictures (things with a `key`), or None if one of them is not there. Of
         several `views` of each picture a random one, by `generator`."""
-        drawn = torch.randint(views, (len(pictures),), generator=generator).tolist() if views > 1 else [0] * len(pictures)
+        drawn = (
+            torch.randint(views, (len(pictures),), generator=generator).tolist() if views > 1 else [0] * len(pictures)
+        )
         hits = [self.find(kind, view_key(picture, view)) for picture, view in zip(pictures, drawn)]
         return None if None in hits else torch.stack([self.tensor(kind, *hit) for hit in hits])
 
@@ -121,7 +130,9 @@ class StoreFiller:
                 except ValueError:
                     self.done["broken"] += view == 0
             if usable:
-                self.store.add(encoder.name, [view_key(p, view) for p in usable], encode_views(encoder, usable, opened, view))
+                self.store.add(
+                    encoder.name, [view_key(p, view) for p in usable], encode_views(encoder, usable, opened, view)
+                )
                 self.done[encoder.name] += len(usable)
 
 # %% ../../nbs/19_full_scale.ipynb #1f4af2d3

@@ -55,8 +55,11 @@ def curves(rows: Iterable[dict]) -> Figure:
     fig = Figure(figsize=(10, 6), layout="constrained")
     axes = fig.subplots(2, 2)
     keys = [key for row in rows for key in row]
-    for ax, prefix, title in ((axes[0, 0], "lm", "language loss (nats a token)"), (axes[0, 1], "image", "denoising loss"),
-                              (axes[1, 0], "norm", "gradient norm, before clipping")):
+    for ax, prefix, title in (
+        (axes[0, 0], "lm", "language loss (nats a token)"),
+        (axes[0, 1], "image", "denoising loss"),
+        (axes[1, 0], "norm", "gradient norm, before clipping"),
+    ):
         for key in dict.fromkeys(k for k in keys if k == prefix or k.startswith(prefix + "/")):
             points = [(row["step"], row[key]) for row in rows if key in row]
             ax.plot(*zip(*points), lw=2 if key == prefix else 0.9, marker="." if len(points) < 30 else None, label=key)
@@ -86,7 +89,13 @@ def report(folder: Path | str, title: str = "Training report") -> Path:
         raise ValueError(f"{folder}/log.jsonl: nothing logged there; give the folder of a stage")
     picture, out = io.BytesIO(), folder / "report.html"
     curves(rows).savefig(picture, dpi=110)
-    samples = [(int(path.stem.split("-")[1]), [d.to_html() for d in read_jsonl(path)]) for path in sorted(folder.glob("samples-*.jsonl"))]
+    samples = [
+        (int(path.stem.split("-")[1]), [d.to_html() for d in read_jsonl(path)])
+        for path in sorted(folder.glob("samples-*.jsonl"))
+    ]
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    write_text(out, template.render(title=title, rows=rows, picture=base64.b64encode(picture.getvalue()).decode(), samples=samples))
+    write_text(
+        out,
+        template.render(title=title, rows=rows, picture=base64.b64encode(picture.getvalue()).decode(), samples=samples),
+    )
     return out

@@ -40,7 +40,9 @@ class Strategy:
     children that stay whole on every process, in no optimizer."""
     name, sharded = "single", False
 
-    def __init__(self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()):
+    def __init__(
+        self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()
+    ):
         self.settings, self.layers, self.frozen = settings, list(layers), frozen
         self.model = self.runner = self.optimizer = None
 
@@ -207,7 +209,9 @@ class ZeRO3(Strategy):
     updates (Rajbhandari et al. 2020). `ValueError` when DeepSpeed is not installed."""
     name, sharded = "zero3", True
 
-    def __init__(self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()):
+    def __init__(
+        self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()
+    ):
         super().__init__(settings, layers, frozen)
         self.options = deepspeed_options(settings)
         try:
@@ -221,7 +225,9 @@ class ZeRO3(Strategy):
     def attach(self, optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
         import deepspeed
 
-        if self.model.device.type == "cpu":  # its own way to exchange numbers would be compiled at first use; gloo does it too
+        if (
+            self.model.device.type == "cpu"
+        ):  # its own way to exchange numbers would be compiled at first use; gloo does it too
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         inside = WithoutFrozen(self.model, self.frozen)
         self.runner = deepspeed.initialize(model=inside, optimizer=optimizer, config=self.options)[0]
@@ -248,7 +254,9 @@ class ZeRO3(Strategy):
 
         values = (safe_get_local_optimizer_state(p, key) if key else safe_get_local_fp32_param(p)).detach()
         first = dist.get_rank() * len(values)
-        return Share(values[:max(0, p.ds_numel - first)], first, tuple(p.ds_shape))  # the last share is padded, with anything
+        return Share(
+            values[: max(0, p.ds_numel - first)], first, tuple(p.ds_shape)
+        )  # the last share is padded, with anything
 
     def put(self, values: torch.Tensor, p: torch.Tensor, key: str | None = None) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state

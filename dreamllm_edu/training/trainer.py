@@ -63,7 +63,10 @@ class Task(Protocol):
 # %% ../../nbs/19_full_scale.ipynb #9b7e8a54
 class StageTask:
     """Documents of a stage, packed, with the losses of a family's objective."""
-    def __init__(self, family: Family, stage: Stage, corpora: list[Corpus], settings: Settings, store: FeatureStore | None = None):
+
+    def __init__(
+        self, family: Family, stage: Stage, corpora: list[Corpus], settings: Settings, store: FeatureStore | None = None
+    ):
         self.family, self.stage, self.corpora, self.settings, self.store = family, stage, corpora, settings, store
         self.objective, self.name = family.objective(stage), f"stage {stage.name}"
         self.run = {"stage": stage.name, "batch": stage.batch, "lanes": settings.lanes}
@@ -74,13 +77,25 @@ class StageTask:
     def steps(self, step: int, position: dict) -> Iterator[tuple[list[Batch], dict, dict]]:
         rank, world = rank_and_world()
         layout, settings = self.family.layout, self.settings
-        data = Steps(self.family, self.objective, self.stage, self.corpora, settings, rank, world, step, position, self.store)
+        data = Steps(
+            self.family, self.objective, self.stage, self.corpora, settings, rank, world, step, position, self.store
+        )
         extra = self.objective.extra_rows(layout)
         for items, states in step_stream(data, settings.workers):
             size = settings.micro_batch or max(1, len(items))
-            batches = [pack_items(items[i:i + size], layout, settings.max_length, extra) for i in range(0, max(1, len(items)), size)]
-            yield batches, states, {"documents": world * len(items), "tokens": world * sum(len(item.row.input_ids) for item in items),
-                                    "skipped": sum(lane["skipped"] for lane in states.values())}
+            batches = [
+                pack_items(items[i : i + size], layout, settings.max_length, extra)
+                for i in range(0, max(1, len(items)), size)
+            ]
+            yield (
+                batches,
+                states,
+                {
+                    "documents": world * len(items),
+                    "tokens": world * sum(len(item.row.input_ids) for item in items),
+                    "skipped": sum(lane["skipped"] for lane in states.values()),
+                },
+            )
 
     def totals(self, batches: list[Batch]) -> dict[str, float]:
         counts = [self.objective.counts(batch) for batch in batches]
@@ -101,7 +116,9 @@ class StageTask:
         return total, sums
 
     def keep(self, path: Path, batches: list[Batch]) -> None:
-        tensors = {f"{i}/{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.tensors().items()}
+        tensors = {
+            f"{i}/{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.tensors().items()
+        }
         save_file(tensors, path, {"names": json.dumps([batch.names for batch in batches])})
 
 # %% ../../nbs/19_full_scale.ipynb #a6f1386d
@@ -111,7 +128,9 @@ class PartTask:
     the loss uses."""
     keys = None
 
-    def __init__(self, name: str, loss_of_step: Callable, seed: int = 0, reads: dict[str, torch.nn.Module] | None = None):
+    def __init__(
+        self, name: str, loss_of_step: Callable, seed: int = 0, reads: dict[str, torch.nn.Module] | None = None
+    ):
         self.name, self.loss_of_step, self.seed = name, loss_of_step, seed
         self.run = {network: weights_checksum(module) for network, module in (reads or {}).items()}
 
@@ -175,9 +194,23 @@ class Trainer:
     saves every `settings.save_every` steps and on Ctrl-C or SIGTERM, and a later call resumes.
     `trackers`: objects with `log(values, step)`. `on_step(step, trainer)` is called after each step.
     `samples`: prompts that are continued every `settings.sample_every` steps."""
-    def __init__(self, model: torch.nn.Module, task: Task, steps: int, learning_rate: float, folder: Path | str | None = None,
-                 strategy: Strategy | None = None, settings: Settings = Settings(), warmup: int = 0, ema_decay: float = 0.0,
-                 progress: bool = True, trackers: tuple = (), on_step: Callable | None = None, samples: Callable | None = None):
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        task: Task,
+        steps: int,
+        learning_rate: float,
+        folder: Path | str | None = None,
+        strategy: Strategy | None = None,
+        settings: Settings = Settings(),
+        warmup: int = 0,
+        ema_decay: float = 0.0,
+        progress: bool = True,
+        trackers: tuple = (),
+        on_step: Callable | None = None,
+        samples: Callable | None = None,
+    ):
         if steps < 1:
             raise ValueError(f"{task.name}: {steps} steps; give at least 1, or leave it out")
         self.model, self.task, self.steps, self.learning_rate = model, task, steps, learning_rate
@@ -197,9 +230,24 @@ class Trainer:
         steps = stage.steps if steps is None else steps
         strategy = strategy_of(settings, family.decoder_layers(), family.frozen_parts)
         task = StageTask(family, stage, corpora, settings, store)
-        draw = (lambda: family.generate(list(samples), max_new_tokens=24, max_pictures=1, num_inference_steps=10)) if samples else None
-        trainer = cls(family.model, task, steps, stage.learning_rate, folder, strategy, settings, min(stage.warmup, steps // 5 + 1),
-                      stage.ema_decay, samples=draw, **options)
+        draw = (
+            (lambda: family.generate(list(samples), max_new_tokens=24, max_pictures=1, num_inference_steps=10))
+            if samples
+            else None
+        )
+        trainer = cls(
+            family.model,
+            task,
+            steps,
+            stage.learning_rate,
+            folder,
+            strategy,
+            settings,
+            min(stage.warmup, steps // 5 + 1),
+            stage.ema_decay,
+            samples=draw,
+            **options,
+        )
         family.prepare(settings.checkpointing, settings.precision)
         return trainer
 
@@ -216,16 +264,30 @@ def start(self: Trainer) -> None:
     updated = self.strategy.attach(optimizer, list(self.trained.values()))
     self.optimizer, self.runner = optimizer, self.strategy.runner
     for p in updated:  # as AdamW does at its first step; here already, since a checkpoint fills them
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    self.ema = {name: self.strategy.share(p).values.clone() for name, p in self.trained.items()} if self.ema_decay else {}
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    self.ema = (
+        {name: self.strategy.share(p).values.clone() for name, p in self.trained.items()} if self.ema_decay else {}
+    )
     kept = model.state_dict().keys() if not self.strategy.sharded else ()
     self.buffers = {name: b for name, b in model.named_buffers() if name in kept}
-    path, state = all_gather(last_checkpoint(self.folder) if self.folder and rank_and_world()[0] == 0 else (None, None))[0]
+    path, state = all_gather(
+        last_checkpoint(self.folder) if self.folder and rank_and_world()[0] == 0 else (None, None)
+    )[0]
     if path is None:
         return
-    other = [f"another {key} ({state['run'].get(key)!r}, now {value!r})" for key, value in self.run.items() if state["run"].get(key) != value]
+    other = [
+        f"another {key} ({state['run'].get(key)!r}, now {value!r})"
+        for key, value in self.run.items()
+        if state["run"].get(key) != value
+    ]
     if other:
-        raise ValueError(f"{path} belongs to a run with {' and '.join(other)}; give a new folder, or delete it to start again")
+        raise ValueError(
+            f"{path} belongs to a run with {' and '.join(other)}; give a new folder, or delete it to start again"
+        )
     shares = state_shares(self.strategy, self.trained, self.ema, self.buffers)
     load_checkpoint(path, shares)
     restore_shares(self.strategy, shares, self.trained, self.ema, self.buffers)
@@ -360,7 +422,9 @@ def train(self: Trainer) -> list[dict]:
             log.write(row)
             for tracker in self.trackers:
                 tracker.log(row, step=step)
-            bar.set_postfix({key: f"{value:.4f}" for key, value in row.items() if key in ("loss", "lm", "image")}, refresh=False)
+            bar.set_postfix(
+                {key: f"{value:.4f}" for key, value in row.items() if key in ("loss", "lm", "image")}, refresh=False
+            )
             asked, done = all_reduce(stopper.asked) > 0, step + 1 == self.steps
             if asked or done or (step + 1) % settings.save_every == 0:
                 self.save(step + 1, updates, position)
@@ -389,10 +453,18 @@ def report_bad_step(self: Trainer, step: int, batches: list, bad: int, row: dict
     if bad < self.settings.patience:
         return warn(f"step {step} is not finite; no weight was changed{kept}")
     if self.settings.patience == 1:
-        what = f"the loss is {row['loss']}" if not math.isfinite(row.get("loss", 0.0)) else f"the gradient norm is {row['norm']}"
-        raise FloatingPointError(f"{self.task.name}: {what} at step {step}; nothing was updated. Lower the learning rate or look at this batch")
-    raise FloatingPointError(f"{self.task.name}: {bad} steps in a row were not finite, the last {step}; look at {self.folder}/bad-step-*, lower the "
-                             "learning rate, and start again: training resumes from the last checkpoint")
+        what = (
+            f"the loss is {row['loss']}"
+            if not math.isfinite(row.get("loss", 0.0))
+            else f"the gradient norm is {row['norm']}"
+        )
+        raise FloatingPointError(
+            f"{self.task.name}: {what} at step {step}; nothing was updated. Lower the learning rate or look at this batch"
+        )
+    raise FloatingPointError(
+        f"{self.task.name}: {bad} steps in a row were not finite, the last {step}; look at {self.folder}/bad-step-*, lower the "
+        "learning rate, and start again: training resumes from the last checkpoint"
+    )
 
 
 def speed(documents: dict, seconds: float) -> dict[str, float]:
@@ -402,11 +474,25 @@ def speed(documents: dict, seconds: float) -> dict[str, float]:
             "tokens_per_second": documents["tokens"] / seconds, "skipped": documents["skipped"]}
 
 # %% ../../nbs/19_full_scale.ipynb #48b11011
-def train_part(model: torch.nn.Module, loss_of_step: Callable, steps: int, learning_rate: float, folder: Path | str | None = None,
-               seed: int = 0, warmup: int = 100, ema_decay: float = 0.0, weight_decay: float = 0.01, clip_norm: float = 1.0,
-               precision: str = "bf16", compile: bool = False, save_every: int = 500, progress: bool = True,
-               description: str = "training", on_step: Callable | None = None,
-               reads: dict[str, torch.nn.Module] | None = None) -> tuple[torch.nn.Module, list[dict]]:
+def train_part(
+    model: torch.nn.Module,
+    loss_of_step: Callable,
+    steps: int,
+    learning_rate: float,
+    folder: Path | str | None = None,
+    seed: int = 0,
+    warmup: int = 100,
+    ema_decay: float = 0.0,
+    weight_decay: float = 0.01,
+    clip_norm: float = 1.0,
+    precision: str = "bf16",
+    compile: bool = False,
+    save_every: int = 500,
+    progress: bool = True,
+    description: str = "training",
+    on_step: Callable | None = None,
+    reads: dict[str, torch.nn.Module] | None = None,
+) -> tuple[torch.nn.Module, list[dict]]:
     """Train what requires a gradient in `model` with the `Trainer`: the parts of notebook 12.
 
     `loss_of_step(model, step, generator)` -> dict of scalars with the key `loss`. `reads`: frozen
@@ -415,15 +501,39 @@ def train_part(model: torch.nn.Module, loss_of_step: Callable, steps: int, learn
     for a model on a GPU, and when the checkpoint in `folder` belongs to a run with another seed,
     number of steps, learning rate, other starting weights or other networks that it reads."""
     if any(p.device.type != "cpu" for p in model.parameters()):
-        raise ValueError("parts are trained on the CPU: move the model there with model.to('cpu'); on GPUs use python -m dreamllm_edu.train")
-    settings = Settings(strategy="single", precision=precision, compile=compile, save_every=save_every, keep=1, patience=1,
-                        weight_decay=weight_decay, betas=(0.9, 0.99), clip_norm=clip_norm, seed=seed)
-    trainer = Trainer(model, PartTask(description, loss_of_step, seed, reads), steps, learning_rate, folder, settings=settings,
-                      warmup=warmup, ema_decay=ema_decay, progress=progress, on_step=on_step)
+        raise ValueError(
+            "parts are trained on the CPU: move the model there with model.to('cpu'); on GPUs use python -m dreamllm_edu.train"
+        )
+    settings = Settings(
+        strategy="single",
+        precision=precision,
+        compile=compile,
+        save_every=save_every,
+        keep=1,
+        patience=1,
+        weight_decay=weight_decay,
+        betas=(0.9, 0.99),
+        clip_norm=clip_norm,
+        seed=seed,
+    )
+    trainer = Trainer(
+        model,
+        PartTask(description, loss_of_step, seed, reads),
+        steps,
+        learning_rate,
+        folder,
+        settings=settings,
+        warmup=warmup,
+        ema_decay=ema_decay,
+        progress=progress,
+        on_step=on_step,
+    )
     return model, trainer.train()
 
 # %% ../../nbs/19_full_scale.ipynb #a7c6e19c
-def save_trained_tensors(trainer: Trainer, tensors: dict[str, torch.Tensor], path: Path | str, mark: str | None = None) -> None:
+def save_trained_tensors(
+    trainer: Trainer, tensors: dict[str, torch.Tensor], path: Path | str, mark: str | None = None
+) -> None:
     """Write what a stage trained, in half precision, from however many processes: tensors are
     gathered one by one. `mark`: checksum of the frozen parts, taken before they were shared out."""
     whole, (rank, _), named = {}, rank_and_world(), dict(trainer.model.named_parameters())

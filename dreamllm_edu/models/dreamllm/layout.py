@@ -139,7 +139,13 @@ def cut_last_picture(self: SlotLayout, row: Sequence) -> Sequence:
     to read them, so the drawing's loss stays exactly the same, at half the length of a pair. The
     `</s>` behind it goes too. What does not end with a drawing is returned as it is."""
     block = len(self.image_block())
-    drawn = row.targets and row.images and row.targets[-1] is row.images[-1] and len(row.input_ids) > block and not row.truncated
+    drawn = (
+        row.targets
+        and row.images
+        and row.targets[-1] is row.images[-1]
+        and len(row.input_ids) > block
+        and not row.truncated
+    )
     if not drawn or any(label != -100 for label in row.labels[-block - 1:-1]):
         return row
     return replace(row, input_ids=row.input_ids[:-block - 1], labels=row.labels[:-block - 1], images=row.images[:-1])
