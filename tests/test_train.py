@@ -131,6 +131,25 @@ def test_documents_and_dice_do_not_depend_on_ranks_or_workers(processor, workers
         assert all(torch.equal(a.random[key], b.random[key]) for a, b in zip(parts, whole) for key in a.random)
 
 
+def test_with_mixing_by_step_a_step_has_one_corpus_and_its_own_number_of_documents(processor):
+    corpora = [replace(corpus, documents=4 if corpus.name == "articles" else None) for corpus in some_corpora()]
+    one = steps_of(corpora, processor, make_tiny(), per_lane=2, mixing="step")
+    shares = [steps_of(corpora, processor, make_tiny(), rank, 2, 2, mixing="step") for rank in (0, 1)]
+    names = []
+    for _ in range(12):
+        whole = next(one)[0]
+        assert len({item.corpus for item in whole}) == 1, "all documents of a step are of one corpus"
+        assert len(whole) == (4 if whole[0].corpus == "articles" else 8)
+        parts = sorted((item for share in shares for item in next(share)[0]), key=lambda item: item.order)
+        assert [item.name for item in parts] == [item.name for item in whole], "on every rank the same corpus"
+        names.append(whole[0].corpus)
+    assert set(names) == set(KINDS), "and every corpus has its turn"
+    with pytest.raises(ValueError, match="multiple of the lanes"):
+        steps_of([replace(corpora[0], documents=5)], processor, make_tiny(), mixing="step")
+    with pytest.raises(ValueError, match="mixing='batch': use one of document, step"):
+        replace(QUICK, mixing="batch")
+
+
 def test_a_batch_without_documents_or_pictures_trains_nothing_and_breaks_nothing(processor):
     model = make_tiny().train()
     set_trainable(model, stage(2))
