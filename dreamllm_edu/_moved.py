@@ -45,7 +45,7 @@ DIVIDED = {  # these still exist, but some of their names lie elsewhere
         "files",
         "data.readers",
     ],
-    "training": ["training.fit", "training.stage", "training.mixture", "models.dreamllm.layout"],
+    "training": ["training.fit", "training.stage", "training.trainer", "models.dreamllm.layout"],
 }
 RENAMED = {
     "written_aside": "atomic_write",

@@ -219,8 +219,7 @@ def test_the_wheel_is_whole(wheel):
 
 def test_the_wheel_works_from_anywhere(wheel, tmp_path):
     """Unpacked elsewhere, without the checkout: data and templates are found inside the package, and a picture and a
-    page's
-    table come out of them."""
+    page's table come out of them."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (

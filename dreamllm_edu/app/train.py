@@ -7,18 +7,18 @@ __all__ = ['Options', 'read_options', 'start_processes', 'initial_weights', 'fea
            'main', 'leave']
 
 # %% ../../nbs/19_full_scale.ipynb #2137fbe2
+import inspect
 import json
 import os
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 import tyro
-from accelerate import Accelerator
 
 from ..documents.document import Document
 from ..files import write_text
@@ -33,6 +33,10 @@ from ..training.stage import Settings, Stage
 from ..training.trainer import Trainer, save_trained_tensors
 
 # %% ../../nbs/19_full_scale.ipynb #8d9626de
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
 @dataclass
 class Options:
     """Train the stages of a recipe, on a laptop or behind accelerate launch or torchrun. A run that
@@ -71,7 +75,10 @@ def read_options(argv: list[str] | None = None, prog: str = "python -m dreamllm_
     with status 2 for an option that does not exist; `ValueError` for a recipe that cannot be used."""
     argv = ["--strategy" if word == "--parallel" else word for word in (sys.argv[1:] if argv is None else argv)]
     if {"-h", "--help"} & set(argv):
-        tyro.cli(Options, args=argv, prog=prog)
+        about = f"{inspect.getdoc(Options)}\n\nexample: {prog} --steps 200 1000 500 --out .runs/short"
+        tyro.cli(Options, args=argv, prog=prog, description=about)
+    if any(word == "--steps" and following[:1] in ("", "-") for word, following in zip(argv, [*argv[1:], ""])):
+        raise ValueError("--steps: give the number of steps of each stage")
     first = tyro.cli(Options, args=argv, prog=prog)  # only to know the recipe, whose settings are the defaults
     recipe = read_recipe(first.recipe or find_recipe(first.scale))
     options = tyro.cli(Options, args=argv, prog=prog, default=Options(settings=recipe.settings))
@@ -92,9 +99,11 @@ def read_options(argv: list[str] | None = None, prog: str = "python -m dreamllm_
     return options, replace(recipe, stages=tuple(stages), settings=options.settings)
 
 # %% ../../nbs/19_full_scale.ipynb #a4243191
-def start_processes(options: Options, settings: Settings) -> tuple[Accelerator, Settings]:
+def start_processes(options: Options, settings: Settings) -> tuple["Accelerator", Settings]:
     """accelerate's state of this process (ranks, device, trackers), and the settings with the
     strategy that its launcher chose (FSDP2, ZeRO-3 or DDP) where they say "auto"."""
+    from accelerate import Accelerator
+
     if options.trackers is None:
         options.trackers = ("tensorboard",) if find_spec("tensorboard") else ()
     chosen = {
@@ -116,6 +125,8 @@ def initial_weights(options: Options, recipe: Recipe, number: int) -> Path | Non
     """Where a stage starts: --init (the first stage of this command), or the weights of the stage
     before; None for stage I. `ValueError` if these are not there."""
     if options.init and number == (options.stage or 1):
+        if not options.init.exists():
+            raise ValueError(f"{options.init}: no such file; give the weights to start from with --init")
         return options.init
     if number == 1:
         return None
@@ -149,7 +160,7 @@ def feature_store(
 
 # %% ../../nbs/19_full_scale.ipynb #4093f34d
 def train_stage(
-    options: Options, recipe: Recipe, number: int, accelerator: Accelerator, settings: Settings
+    options: Options, recipe: Recipe, number: int, accelerator: "Accelerator", settings: Settings
 ) -> Path | None:
     """Train one stage and write its weights and report. Returns its folder, or None after --fill-cache."""
     stage = recipe.stages[number - 1]
@@ -159,6 +170,8 @@ def train_stage(
     family = families()[recipe.model].build(options.scale, parts, settings.max_length, options.network)
     if weights:
         family.load(weights)
+    if options.trackers and not accelerator.trackers:  # writes into --out: only once parts and weights are found to fit
+        accelerator.init_trackers("dreamllm_edu")
     mark = family.frozen_checksum()
     family.model.to(accelerator.device)
     store = feature_store(options, settings, stage, family, corpora)
@@ -184,8 +197,6 @@ def train(options: Options, recipe: Recipe) -> None:
     check_batch(stage, corpora_of(stage, options.data, options.network), recipe.settings)
     initial_weights(options, recipe, first)
     accelerator, settings = start_processes(options, recipe.settings)
-    if options.trackers:
-        accelerator.init_trackers("dreamllm_edu")
     numbers = range(1, len(recipe.stages) + 1) if options.stage is None else [options.stage]
     folders = [train_stage(options, recipe, number, accelerator, settings) for number in numbers]
     if options.stage is None and accelerator.is_main_process and folders[-1]:

@@ -13,9 +13,7 @@ from pathlib import Path
 from collections.abc import Iterator
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from ..files import WEIGHTS
 
@@ -24,6 +22,9 @@ from ..files import WEIGHTS
 def quiet() -> Iterator[None]:
     """Load without the libraries' own progress bars and notes; afterwards they are as talkative as
     before."""
+    from diffusers.utils import logging as diffusers_logging  # both take seconds to load
+    from transformers.utils import logging as transformers_logging
+
     libraries = (transformers_logging, diffusers_logging)
     levels, bars = (
         [library.get_verbosity() for library in libraries],

@@ -83,7 +83,8 @@ def save_checkpoint(
             (aside / "manifest.json").write_text(json.dumps({"files": files, "state": state}))
             shutil.rmtree(final, ignore_errors=True)
             aside.replace(final)
-            for old in sorted(folder.glob("step-*"))[:-keep]:
+            older = [path for path in sorted(folder.glob("step-*")) if path.name <= final.name]
+            for old in older[:-keep]:  # one with a higher number is damaged: it must not push out this one
                 shutil.rmtree(old)
         except OSError as error:
             problem = error
@@ -102,8 +103,9 @@ def whole_checkpoint(folder: Path) -> dict:
         for name, (size, crc) in manifest["files"].items():
             if (folder / name).stat().st_size != size or checksum(folder / name) != crc:
                 raise ValueError(f"{folder / name} is cut off or changed")
+        manifest["state"]["step"]  # a `KeyError` or `TypeError` if there is none
         return manifest
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder}: not a whole checkpoint ({error})") from error
 
 
@@ -118,7 +120,7 @@ def last_checkpoint(folder: Path | str, report: Callable[[str], None] = warn) ->
         try:
             return path, whole_checkpoint(path)["state"]
         except ValueError as error:
-            report(f"{error}; taking the one before")
+            report(f"{error}; taking the one before, if there is one")
     return None, None
 
 
@@ -139,7 +141,10 @@ def read_share(files: list, where: list[dict], name: str, share: Share) -> torch
 def load_checkpoint(path: Path, shares: dict[str, Share]) -> None:
     """Fill this process's `shares` from a checkpoint, whatever number of processes wrote it.
     `ValueError` when it is another model's or stage's."""
-    files = [safe_open(file, "pt") for file in sorted(path.glob("rank-*.safetensors"))]
+    try:
+        files = [safe_open(file, "pt") for file in sorted(path.glob("rank-*.safetensors"))]
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({error}); give another folder, or delete it") from error
     if not all("shares" in (file.metadata() or {}) for file in files):
         raise ValueError(f"{path} was written by an earlier version; give another folder, or delete it")
     where = [json.loads(file.metadata()["shares"]) for file in files]

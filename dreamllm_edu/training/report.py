@@ -11,15 +11,19 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
-from matplotlib.figure import Figure
 
 from ..documents.formats import read_jsonl
 from ..files import write_text
 from .ranks import rank_and_world
 
 # %% ../../nbs/19_full_scale.ipynb #28e836e2
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 def read_log(path: Path | str) -> list[dict]:
     """The rows of a log; a last line that a crash cut off is left out."""
     rows = []
@@ -49,8 +53,10 @@ class Log:
                 file.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/19_full_scale.ipynb #535f8d8a
-def curves(rows: Iterable[dict]) -> Figure:
+def curves(rows: Iterable[dict]) -> "Figure":
     """A figure of losses by corpus, gradient norms by part, and documents a second."""
+    from matplotlib.figure import Figure  # takes a second, and the command's --help needs none
+
     rows = list(rows)
     fig = Figure(figsize=(10, 6), layout="constrained")
     axes = fig.subplots(2, 2)

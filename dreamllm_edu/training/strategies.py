@@ -88,7 +88,7 @@ class Strategy:
     def put(self, values: torch.Tensor, p: torch.Tensor, key: str | None = None) -> None:
         """Overwrite this process's share of a parameter, or of its AdamW moment `key`."""
         tensor = self.optimizer.state[p][key] if key else p
-        tensor.copy_(values.view(tensor.shape))
+        tensor.copy_(values.view(tensor.shape).clone())  # `values` may lie in the tensor's own memory, in another order
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All of a sharded tensor, on every process; any other tensor itself."""
@@ -156,7 +156,7 @@ class FSDP2(Strategy):
     def put(self, values: torch.Tensor, p: torch.Tensor, key: str | None = None) -> None:
         tensor = self.optimizer.state[p][key] if key else p.detach()
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        local.copy_(values.view(local.shape))
+        local.copy_(values.view(local.shape).clone())
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
