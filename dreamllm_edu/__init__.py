@@ -25,7 +25,9 @@ _MODULES = {  # public name -> the module that defines it
     "World": "data.world",
 }
 
-__all__ = ["Document", "Dream", "DreamLLM", "DreamLLMConfig", "DreamLLMPipeline", "DreamLLMProcessor", "Trainer", "World"]
+__all__ = [
+    "Document", "Dream", "DreamLLM", "DreamLLMConfig", "DreamLLMPipeline", "DreamLLMProcessor", "Trainer", "World",
+]
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
     from .data.world import World

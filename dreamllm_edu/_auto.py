@@ -1,10 +1,11 @@
 """After `import dreamllm_edu` the auto classes of transformers know our model, and nobody pays for it earlier.
 
-`AutoConfig`, `AutoModel` and `AutoProcessor` know a model only after its classes were registered, which needs the classes,
-and these need torch, transformers and diffusers: seconds. So nothing is registered yet. Instead the three methods where a
-name or a folder comes in are wrapped. The first call that may mean our model imports `dreamllm_edu.models.dreamllm`, which
-registers its classes, and puts the original methods back. `AutoModel.from_pretrained` asks `AutoConfig` first; a
-configuration object that is passed in exists only where the classes are registered already.
+`AutoConfig`, `AutoModel` and `AutoProcessor` know a model only after its classes were registered, which
+needs the classes, and these need torch, transformers and diffusers: seconds. So nothing is registered yet.
+Instead the three methods where a name or a folder comes in are wrapped. The first call that may mean our
+model imports `dreamllm_edu.models.dreamllm`, which registers its classes, and puts the original methods
+back. `AutoModel.from_pretrained` asks `AutoConfig` first; a configuration object that is passed in exists
+only where the classes are registered already.
 
 If transformers is not imported yet, a finder on `sys.meta_path` waits for its two modules."""
 
@@ -83,7 +84,7 @@ def wrap(owner: type, method: str) -> None:
 
 
 def prepare(module: ModuleType) -> None:
-    """Wrap the methods of a module of transformers that has just been imported; if it has changed, leave it as it is."""
+    """Wrap the methods of a module of transformers that has just been imported; if it has changed, leave it."""
     with _lock:
         if MODEL in sys.modules:  # its classes are registered, or will be in a moment
             return

@@ -5,6 +5,8 @@ the order of the notebooks, begins it anew; if that cell starts with a string, t
 
     python tools/export.py"""
 import ast
+import re
+import textwrap
 from pathlib import Path
 
 from nbdev.config import add_init, get_config
@@ -44,6 +46,16 @@ def with_docstring(text: str) -> str:
     return "".join(docstring + ["\n"] + lines[:alone.lineno - 1] + lines[alone.end_lineno:])
 
 
+def with_short_lines(text: str) -> str:
+    """The module with its `__all__` wrapped: nbdev appends to it without an end of the line."""
+    found = re.search(r"^__all__ = (\[.*?\])", text, re.M | re.S)
+    if not found:
+        return text
+    names = repr(ast.literal_eval(found[1]))
+    names = textwrap.fill(names, 100, initial_indent="__all__ = ", subsequent_indent=" " * 11)
+    return text[:found.start()] + names + text[found.end():]
+
+
 def export() -> list[Path]:
     """Write all modules, remove those that no notebook exports any more, and return the paths of the rest."""
     library = Path(get_config().lib_path)
@@ -53,6 +65,8 @@ def export() -> list[Path]:
     for path in library.rglob("*.py"):
         if path not in written and path.name != "_modidx.py" and MARK in path.read_text(encoding="utf8")[:500]:
             path.unlink()
+    for path in written:
+        path.write_text(with_short_lines(path.read_text(encoding="utf8")), encoding="utf8")
     add_init(library)
     _build_modidx()
     return sorted(written)

@@ -80,9 +80,12 @@ def curves(rows: Iterable[dict]) -> "Figure":
 # %% ../../nbs/19_full_scale.ipynb #43d476ca
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title></head>
 <body style="font:16px sans-serif;max-width:72em;margin:auto"><h1>{{ title }}</h1>
-<p>{{ rows | length }} steps; last: {% for key, value in rows[-1].items() %}{{ key }} {{ "%.4g" | format(value) }}{{ ", " if not loop.last }}{% endfor %}</p>
+<p>{{ rows | length }} steps; last:
+{% for key, value in rows[-1].items() %}
+{{ key }} {{ "%.4g" | format(value) }}{{ ", " if not loop.last }}{% endfor %}</p>
 <img alt="losses, gradient norms and speed by step" src="data:image/png;base64,{{ picture }}">
-{% for step, documents in samples %}<h2>after {{ step }} steps</h2>{% for document in documents %}{{ document | safe }}{% endfor %}
+{% for step, documents in samples %}<h2>after {{ step }} steps</h2>
+{% for document in documents %}{{ document | safe }}{% endfor %}
 {% endfor %}</body></html>
 """
 

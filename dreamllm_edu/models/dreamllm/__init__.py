@@ -1,4 +1,4 @@
-"""DreamLLM: a language model that reads pictures through CLIP and draws them through dream queries (Dong et al. 2024)."""
+"""DreamLLM (Dong et al. 2024): a language model that reads pictures and draws them through dream queries."""
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .config import DreamLLMConfig
