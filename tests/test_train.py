@@ -3,6 +3,7 @@ nothing; bad input is named."""
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -148,6 +149,18 @@ def test_with_mixing_by_step_a_step_has_one_corpus_and_its_own_number_of_documen
         steps_of([replace(corpora[0], documents=5)], processor, make_tiny(), mixing="step")
     with pytest.raises(ValueError, match="mixing='batch': use one of document, step"):
         replace(QUICK, mixing="batch")
+
+
+def test_loading_processes_are_not_sent_the_model(processor):
+    """Where processes are spawned, not forked, what they need is pickled."""
+    model, what = make_tiny(), stage(2, batch=4)
+    family = DreamLLMFamily(model, processor)
+    emojis = [emoji("pairs/caption", ["pairs/caption"]), emoji("pairs/draw", ["pairs/draw"])]
+    steps = Steps(family, family.objective(what), what, emojis, QUICK)
+    items = next(step_stream(pickle.loads(pickle.dumps(steps))))[0]
+    assert [item.name for item in items] == [item.name for item in next(step_stream(steps))[0]]
+    without = len(pickle.dumps(emojis)) + len(pickle.dumps(processor))
+    assert len(pickle.dumps(steps)) < without + 100_000 < without + len(pickle.dumps(model))
 
 
 def test_a_batch_without_documents_or_pictures_trains_nothing_and_breaks_nothing(processor):

@@ -58,6 +58,7 @@ class FeatureStore:
             index.executemany(
                 "insert or ignore into rows values (?, ?, ?, ?)", [(kind, key, name, i) for i, key in enumerate(keys)]
             )
+        self.rows.get(kind, {}).update({key: (name, i) for i, key in enumerate(keys)})
 
     def find(self, kind: str, key: str) -> tuple[str, int] | None:
         """(file, row) of a stored picture, or None."""

@@ -429,7 +429,7 @@ def train(self: Trainer) -> list[dict]:
             asked, done = all_reduce(stopper.asked) > 0, step + 1 == self.steps
             if asked or done or (step + 1) % settings.save_every == 0:
                 self.save(step + 1, updates, position)
-            if self.samples and settings.sample_every and (step + 1) % settings.sample_every == 0:
+            if self.samples and self.folder and settings.sample_every and (step + 1) % settings.sample_every == 0:
                 self.draw_samples(self.folder / f"samples-{step + 1:08}.jsonl")
             if self.on_step:
                 self.on_step(step, self)
