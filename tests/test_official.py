@@ -38,7 +38,7 @@ from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
 from dreamllm_edu.parts.denoising import denoising_loss
 from dreamllm_edu.parts.diffusion import sample_latents
 from dreamllm_edu.sequences import collate
-from dreamllm_edu.training.stage import STAGES
+from dreamllm_edu.training.recipe import recipe_of
 
 GOLDEN = Path(__file__).parent / "golden"
 SCALARS = json.loads((GOLDEN / "golden.json").read_text())["scalars"]
@@ -838,7 +838,7 @@ def test_every_quirk_names_a_test(number, official_way, ours, why, test):
 def test_full_size_counts():
     """Llama-7B: Touvron et al. 2023; U-Net and VAE: Stable Diffusion 2.1-base; CLIP-L/14's vision tower: each as its
     own library's class counts it."""
-    parts, trained = parameters_of(paper_config(), STAGES["paper"])
+    parts, trained = parameters_of(paper_config(), recipe_of("paper").stages)
     assert parts["language_model"] - 2 * 8 * 4096 == 6_738_415_616
     assert (parts["unet"], parts["vae"], parts["vision_encoder"]) == (865_910_724, 83_653_863, 303_179_776)
     adapters = 1024 * 4096 + 4096 + 64 * 4096 + 4096 * 1024
