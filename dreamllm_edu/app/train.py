@@ -30,6 +30,7 @@ from ..training.ranks import barrier, rank_and_world
 from ..training.recipe import Recipe, corpora_of, find_recipe, read_recipe
 from ..training.report import read_log, report
 from ..training.stage import Settings, Stage
+from ..training.strategies import strategy_of
 from ..training.trainer import Trainer, save_trained_tensors
 
 # %% ../../nbs/19_full_scale.ipynb #8d9626de
@@ -198,6 +199,7 @@ def train(options: Options, recipe: Recipe) -> None:
     check_batch(stage, corpora_of(stage, options.data, options.network), recipe.settings)
     initial_weights(options, recipe, first)
     accelerator, settings = start_processes(options, recipe.settings)
+    strategy_of(settings)  # as is a strategy that does not fit these processes
     numbers = range(1, len(recipe.stages) + 1) if options.stage is None else [options.stage]
     folders = [train_stage(options, recipe, number, accelerator, settings) for number in numbers]
     if options.stage is None and accelerator.is_main_process and folders[-1]:
