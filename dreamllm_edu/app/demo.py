@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['DEMO_STEPS', 'DEMO_MIXTURES', 'demo_stages', 'quick_training', 'quick_scores',
            'written_documents', 'edited_pictures', 'dialogue_documents', 'galleries',
-           'everything_shown', 'peak_mb', 'demo']
+           'everything_shown', 'demo']
 
 # %% ../../nbs/13_demo.ipynb #e958d72b
 """The demo: learn for a few minutes, measure the shipped miniature, write a page with its documents."""
 import json
 import random
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,7 +39,7 @@ from ..parts.loading import quiet
 from ..training.features import FeatureStore, fill_store, fingerprint
 from ..training.recipe import corpora_of, recipe_of
 from ..training.stage import Stage
-from ..training.trainer import Trainer
+from ..training.trainer import Trainer, resident_memory_mb
 
 # %% ../../nbs/13_demo.ipynb #bcb447de
 DEMO_STEPS = (60, 120, 110)
@@ -159,11 +158,6 @@ def everything_shown(model: PreTrainedModel, processor: ProcessorMixin, world: W
     return {name: job() for name, job in tqdm(jobs.items(), desc="drawing", disable=not progress)}
 
 # %% ../../nbs/13_demo.ipynb #0249efe8
-def peak_mb() -> int:
-    """Peak resident memory of this process in MB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
 def demo(out: Path | str = "_demo", n: int = 150, progress: bool = True) -> dict[str, Any]:
     """Learn for a few minutes, measure the shipped miniature on `n` drawings a metric, write
     `index.html` and `metrics.json` into `out`.
@@ -189,7 +183,7 @@ def demo(out: Path | str = "_demo", n: int = 150, progress: bool = True) -> dict
     quick["labels"] += ["the shipped model", "the real drawing"]
     seconds.update({f"measuring.{name}": value for name, value in parts.items()}, total=round(time.time() - began, 1))
     short = {"untrained": quick["untrained"], "trained": quick["trained"], "steps": list(DEMO_STEPS)}
-    metrics = {"seconds": seconds, "peak_rss_mb": peak_mb(), **metrics, "quick": short}
+    metrics = {"seconds": seconds, "peak_rss_mb": round(resident_memory_mb()), **metrics, "quick": short}
     write_text(out / "metrics.json", json.dumps(metrics, indent=1))
     write_text(out / "index.html", page(metrics, quick, shown))
     print(f"the page: {(out / 'index.html').resolve()}\nthe numbers: {(out / 'metrics.json').resolve()}")
