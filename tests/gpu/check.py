@@ -89,11 +89,11 @@ def versions() -> dict[str, str]:
 class Report:
     """What was found so far; written after every check, so that a process that is killed leaves it."""
 
-    def __init__(self, out: Path, device: torch.device, bound: float):
+    def __init__(self, out: Path, device: torch.device, bound: float, names: list[str]):
         from speed import CONVENTION
 
         gpu = device.type == "cuda"
-        self.out, self.lock = out, threading.Lock()
+        self.out, self.lock, self.waiting = out, threading.RLock(), list(names)
         self.data = {
             "mode": "gpu" if gpu else "cpu",
             "device": torch.cuda.get_device_name() if gpu else "CPU",
@@ -112,12 +112,17 @@ class Report:
         out.mkdir(parents=True, exist_ok=True)
 
     def add(self, outcome: Outcome) -> None:
-        self.data["checks"].append(asdict(outcome))
-        self.write()
+        with self.lock:
+            self.waiting.remove(outcome.name)
+            self.data["checks"].append(asdict(outcome))
+            self.write()
 
     def leave_out(self, name: str, reason: str) -> None:
-        self.data["left_out"].append({"name": name, "reason": reason})
-        self.write()
+        with self.lock:
+            self.waiting.remove(name)
+            self.data["left_out"].append({"name": name, "reason": reason})
+            self.write()
+        print(f"left out {name:16} {reason}", flush=True)
 
     def write(self) -> None:
         with self.lock:
@@ -160,32 +165,33 @@ def table(data: dict) -> str:
     return "\n".join([*lines, "", f"MFU: {data['flop_convention']}", ""])
 
 
-def watch(report: Report, bound: float, current: list[str]) -> None:
+def watch(report: Report, bound: float) -> None:
     """End the process when everything took too long, even inside a call that no signal interrupts."""
 
     def end() -> None:
-        report.leave_out(current[0], f"still running when the {bound:.0f} s of the whole were over")
-        print(f"stopped after {bound:.0f} s in {current[0]}; see {report.out / 'gpu.md'}", file=sys.stderr, flush=True)
-        os._exit(1)
+        with report.lock:
+            for name in list(report.waiting):
+                report.leave_out(name, f"not done when the {bound:.0f} s of the whole were over")
+            print(f"stopped after {bound:.0f} s; see {report.out / 'gpu.md'}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     timer = threading.Timer(max(0.0, BEGAN + bound - time.time()), end)
     timer.daemon = True
     timer.start()
 
 
-def run_all(checks: dict, args: argparse.Namespace, device: torch.device, report: Report, current: list[str]) -> None:
-    """Every check that is wanted and for which time is left, one after the other. `current`: the one that runs."""
-    for name, (check, bound) in checks.items():
-        left = BEGAN + args.bound - 10 - time.time()
-        if args.only and name not in args.only:
-            continue
-        if left < min(bound, 10):
+def run_all(checks: dict, device: torch.device, report: Report, bound: float) -> None:
+    """Every check that waits and for which time is left, one after the other. Without a GPU each may take three times
+    as long: other programs may use the processor."""
+    for name in list(report.waiting):
+        check, limit = checks[name]
+        limit, left = limit * (1 if device.type == "cuda" else 3), BEGAN + bound - 10 - time.time()
+        if left < 10:
             report.leave_out(name, f"{max(left, 0):.0f} s were left")
             continue
-        current[0] = name
-        outcome = run_check(name, check, device, min(bound, left))
+        outcome = run_check(name, check, device, min(limit, left))
         report.add(outcome)
-        print(f"{outcome.status:8}{name:16}{outcome.seconds:6.1f} s  {outcome.reason}", flush=True)
+        print(f"{outcome.status:8} {name:16}{outcome.seconds:6.1f} s  {outcome.reason}", flush=True)
         for row in outcome.rows:
             if row.status == "fail":
                 print(f"        {row.what}: {row.value} {row.unit}, tolerance {row.tolerance} {row.reason}")
@@ -207,11 +213,11 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     # In float32 a GPU computes as the CPU does only without TF32, which PyTorch allows convolutions by default.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    report, current = Report(args.out, device, args.bound), [""]
+    report = Report(args.out, device, args.bound, [name for name in checks if name in (args.only or checks)])
     print(report.data["device"] if device.type == "cuda" else "no GPU: the same checks on the CPU, miniature sizes")
-    watch(report, args.bound, current)
+    watch(report, args.bound)
     with quiet():
-        run_all(checks, args, device, report, current)
+        run_all(checks, device, report, args.bound)
     report.write()
     print(f"{report.data['status']} after {report.data['seconds']} s; see {args.out / 'gpu.md'}")
     return int(report.data["status"] != "pass")
