@@ -286,6 +286,7 @@ def sample_latents(unet: UNet2DConditionModel, scheduler: DDPMScheduler, conditi
     guided = guidance_scale != 1.0
     both = torch.cat([null.expand_as(condition), condition]) if guided else condition
     extra = added(both) if added else {}
+    both = both.to(dtype)
     for t in times:
         unet_input = sampler.scale_model_input(torch.cat([x, x]) if guided else x, t).to(dtype)
         out = unet(unet_input, t, encoder_hidden_states=both, **extra).sample.float()

@@ -95,8 +95,8 @@ def augment(
     pictures. `scale`, `shift` (of half a side) and `tint` are the largest changes, each drawn
     uniformly; `tint` may differ by picture, [n, 1, 1, 1]."""
     n = len(x)
-    unit = lambda *size: torch.rand(*size, generator=generator) * 2 - 1
-    theta = torch.zeros(n, 2, 3)
+    unit = lambda *size: (torch.rand(*size, generator=generator) * 2 - 1).to(x)
+    theta = torch.zeros(n, 2, 3, dtype=x.dtype, device=x.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 + scale * unit(n)
     theta[:, :, 2] = shift * unit(n, 2)
     moved = (
@@ -118,7 +118,7 @@ def random_erase(x: torch.Tensor, generator: torch.Generator, largest: float = 2
     )
     rows, columns = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
     inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
-    return x.masked_fill(inside[:, None], 1.0)
+    return x.masked_fill(inside[:, None].to(x.device), 1.0)
 
 # %% ../../nbs/04_vision.ipynb #aa291676
 def text_embeds(

@@ -192,7 +192,7 @@ def embed(self: DreamLLM, input_ids: torch.Tensor, image_features: torch.Tensor 
     rows, columns = slots_after(input_ids, config.image_start_id, config.num_patches)
     check_pictures(rows, input_ids, 0 if image_features is None else len(image_features), "image", "pictures")
     if image_features is not None:  # also none at all, [0, N, E]: then the projector's gradient is zero, not missing
-        embeddings = splice(embeddings, rows, columns, self.visual_projector(image_features))
+        embeddings = splice(embeddings, rows, columns, self.visual_projector(image_features.to(embeddings)))
     return embeddings
 
 # %% ../../../nbs/08_model.ipynb #81690183
