@@ -355,9 +355,9 @@ def official_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@patch(cls_method=True, nm="from_official")
-def processor_from_official(cls: DreamLLMProcessor, folder: Path | str,
-                            base: Path | str | None = None) -> DreamLLMProcessor:
+@patch(cls_method=True)
+def from_official(cls: DreamLLMProcessor, folder: Path | str,
+                  base: Path | str | None = None) -> DreamLLMProcessor:
     """The processor of an official checkpoint: its tokenizer, CLIP's picture processor, the sizes
     of its slots. `base`: where CLIP lies."""
     folder = Path(folder)
