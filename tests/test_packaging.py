@@ -103,12 +103,83 @@ def test_what_is_optional_is_an_extra_and_imported_only_when_asked_for():
         ], path
 
 
+def public_things(sources):
+    """(module, name, node) of every public module, class, function and method, also of those that `@patch` adds.
+    `sources`: {module: its text}."""
+    for path, source in sources.items():
+        tree = ast.parse(source)
+        yield path, "", tree
+        for node in tree.body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            patched = any(ast.unparse(decorator).startswith("patch") for decorator in node.decorator_list)
+            yield path, f"{ast.unparse(node.args.args[0].annotation)}.{node.name}" if patched else node.name, node
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                    yield path, f"{node.name}.{inner.name}", inner
+
+
+def documentation(things):
+    """{class: {method: docstrings}}: its own one, and those of the same method of its bases. A class with all methods
+    of a `Protocol` of the package implements it, and so inherits its documentation."""
+    own, bases = {}, {}
+    for _, name, node in things:
+        if isinstance(node, ast.ClassDef):
+            own.setdefault(name, {}).update(dict.fromkeys(re.findall(r"\bself\.(\w+)", ast.unparse(node)), ""))
+            bases[name] = [ast.unparse(base).split("[")[0] for base in node.bases]
+        elif "." in name:
+            cls, method = name.split(".")
+            own.setdefault(cls, {})[method] = ast.get_docstring(node) or ""
+    protocols = {name for name in own if "Protocol" in bases.get(name, ())}
+    found = {}
+    for name, methods in own.items():
+        implemented = {key for key in protocols if set(own[key]) <= set(methods)}
+        ancestors = [own[key] for key in {name, *bases.get(name, ()), *implemented} if key in own]
+        found[name] = {method: "\n".join(a.get(method, "") for a in ancestors).strip() for method in methods}
+    return found
+
+
+def undocumented(things):
+    """What lacks a docstring, and which functions take a tensor without a word on its shape: `[B, T]`, `[]` or "any
+    shape"."""
+    things = list(things)
+    found = documentation(things)
+    for path, name, node in things:
+        cls, _, method = name.rpartition(".")
+        text = found[cls][method] if cls else ast.get_docstring(node)
+        if not text:
+            yield f"{path}: {name or 'the module'} has no docstring"
+        elif isinstance(node, ast.FunctionDef):
+            given = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.annotation]
+            tensors = [a.arg for a in given if re.search(r"\btorch\.Tensor\b", ast.unparse(a.annotation))]
+            if tensors and not re.search(r"\[[^\]]*\]|any\s+shape", text):
+                yield f"{path}: {name}: the docstring gives no shape of {', '.join(tensors)}"
+
+
 def test_public_things_have_docstrings():
-    """Those that a user meets: classes and functions of the first floor that are not one-liners."""
-    for path in MODULES:
-        for node in ast.parse(path.read_text(encoding="utf8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                assert ast.get_docstring(node), f"{path}: {node.name}"
+    sources = {path: path.read_text(encoding="utf8") for path in MODULES if not re.match(r"_[a-z]", path.name)}
+    things = list(public_things(sources))
+    kinds = [type(node).__name__ + "." * name.count(".") for _, name, node in things]
+    assert min(map(kinds.count, ("Module", "ClassDef", "FunctionDef", "FunctionDef."))) > 40, "all kinds are looked at"
+    assert not list(undocumented(things))
+
+
+@pytest.mark.parametrize("source, lacking", [
+    ("x = 1", "the module has no docstring"),
+    ('"""M."""\ndef f(): pass', "f has no docstring"),
+    ('"""M."""\ndef _f(): pass', None),
+    ('"""M."""\nclass A:\n    "A."\n    def f(self): pass', "A.f has no docstring"),
+    ('"""M."""\nclass A:\n    "A."\n    @property\n    def f(self): pass', "A.f has no docstring"),
+    ('"""M."""\nclass A:\n    "A."\n    def f(self): "F."\nclass B(A):\n    "B."\n    def f(self): pass', None),
+    ('"""M."""\nclass P(Protocol):\n    "P."\n    def f(self): "F."\nclass B:\n    "B."\n    def f(self): pass', None),
+    ('"""M."""\nclass A: "A."\n@patch\ndef f(self: A): pass', "A.f has no docstring"),
+    ('"""M."""\nclass A: "A."\n@patch(cls_method=True)\ndef f(cls: A): pass', "A.f has no docstring"),
+    ('"""M."""\ndef f(x: torch.Tensor): "F."', "f: the docstring gives no shape of x"),
+    ('"""M."""\ndef f(x: torch.Tensor | None): "F of x [B, T]."', None),
+])
+def test_what_counts_as_documented(source, lacking):
+    found = list(undocumented(public_things({"m.py": source})))
+    assert found == ([f"m.py: {lacking}"] if lacking else [])
 
 
 # ---------------------------------------------------------------- the declarations
