@@ -2,6 +2,7 @@
 line of its function is changed."""
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ from dreamllm_edu.documents.document import Document
 from dreamllm_edu.documents.formats import document_from_json, document_from_markdown
 from dreamllm_edu.evaluation.intervals import by_topic, interval
 from dreamllm_edu.evaluation.judge import Judge, judge_pictures
-from dreamllm_edu.models.dreamllm.generation import Row, sample_tokens, stream_text
+from dreamllm_edu.models.dreamllm.generation import Feeder, Row, sample_tokens, stream_text
 from dreamllm_edu.models.dreamllm.queries import slots_after, splice
 from dreamllm_edu.parts.denoising import denoising_loss, draw_timesteps, min_snr_weights
 from dreamllm_edu.parts.diffusion import guided_output, sample_latents
+from dreamllm_edu.parts.language import llama_config
 from dreamllm_edu.parts.tokenizer import caption_ids, encode_text
 from dreamllm_edu.sequences import Sequence, first_fit, packed_rows
 from dreamllm_edu.training.batches import Item, pack_items
@@ -78,6 +80,27 @@ def test_a_row_and_what_its_callback_receives():
     for text in ("a", "a b", "a b", "a bc"):
         stream_text(0, row, text, lambda b, new: received.append(new))
     assert received == ["a", " b", "c"]
+
+
+def test_the_feeder_counts_each_row_without_its_padding():
+    """Three tokens beside one, then one beside none: a row that waits keeps its logits and its position."""
+    fed = []
+
+    def decoder(inputs_embeds, attention_mask, position_ids, **_):
+        fed.append((attention_mask.tolist(), position_ids.tolist()))
+        return SimpleNamespace(last_hidden_state=inputs_embeds)
+
+    config = SimpleNamespace(text_config=llama_config(vocab_size=9, hidden=8, layers=1, heads=1, ffn=8))
+    model = SimpleNamespace(
+        config=config, device="cpu",
+        embed=lambda ids, features: ids[..., None].float(),
+        language_model=SimpleNamespace(model=decoder, lm_head=lambda states: states))
+    feeder = Feeder(model, [Row([]), Row([])])
+    feeder.feed([[5, 6, 7], [8]], [None, None])
+    assert fed[-1] == ([[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [0, 0, 0]]) and feeder.last.flatten().tolist() == [7, 8]
+    feeder.feed([[], [4]], [None, None])
+    assert fed[-1][0] == [[1, 1, 1, 0], [0, 0, 1, 1]] and fed[-1][1][1] == [1]
+    assert feeder.last.flatten().tolist() == [7, 4] and [row.length for row in feeder.rows] == [3, 2]
 
 
 # ---------------------------------------------------------------- diffusion
@@ -201,6 +224,17 @@ def test_the_feature_store_gives_each_picture_its_own_row(tmp_path, resident):
     assert store.missing("f", [a, c, c]) == [c] and store.missing("f", [a, c], view=1) == [c]
     drawn = {tuple(store.read("f", [b], 2, torch.Generator().manual_seed(i))[0].tolist()) for i in range(20)}
     assert drawn == {(3, 4), (7, 8)}, "both views come"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_opens_the_index_of_the_store_again(tmp_path):
+    store = FeatureStore(tmp_path, "x")
+    first = store.connect()
+    assert store.connect() is first
+    child = os.fork()
+    if not child:
+        os._exit(0 if store.connect() is not first else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_checkpoints(tmp_path):
