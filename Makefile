@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format test-lowest docs export notebooks clean readme diagrams
+.PHONY: demo test lint format test-lowest docs export notebooks clean readme diagrams gpu gpu-bundle
 
 $(VENV)/.installed: setup.py settings.ini pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,10 +39,16 @@ notebooks: $(VENV)/.installed  # run every notebook and keep its outputs
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/check_notebooks.py --keep
 
 clean:
-	rm -rf _demo _docs _proc .quarto build dist *.egg-info
+	rm -rf _demo _docs _gpu _proc .quarto build dist *.egg-info
 
 readme: $(VENV)/.installed  # README.md from nbs/index.ipynb
 	$(BIN)/python tests/make_readme.py
 
 diagrams:  # nbs/images/system-*.svg; needs nothing but Python
 	$(PYTHON) tools/diagrams.py
+
+gpu:  # at most 6 minutes on one GPU, no network; needs PYTHON with torch and the packages that CONTRIBUTING.md lists
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py --out _gpu
+
+gpu-bundle:  # _gpu/bundle.tar.gz: what `make gpu` needs on another machine, with every path's size
+	$(PYTHON) tests/gpu/bundle.py --out _gpu/bundle.tar.gz

@@ -365,7 +365,7 @@ def fake_batch(config: DreamLLMConfig, mode: FakeTensorMode, micro_batch: int = 
         **batch,
         "timesteps": torch.full((n,), 500),
         "condition_drop_mask": torch.zeros(n, dtype=torch.bool),
-        "labelled_only": True,
+        "compact_logits": True,
     }
 
 # %% ../nbs/18_planner.ipynb #2d9db780

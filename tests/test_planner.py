@@ -51,7 +51,7 @@ def real_batch(config, micro_batch=1, length=None):
         name: torch.randn(t.shape) for name, t in picture_batch(config, micro_batch, torch.float32, cached=True).items()
     }
     return {**token_batch(config, micro_batch, length), **drawn, "timesteps": torch.full((micro_batch,), 500),
-            "condition_drop_mask": torch.zeros(micro_batch, dtype=torch.bool), "labelled_only": True}
+            "condition_drop_mask": torch.zeros(micro_batch, dtype=torch.bool), "compact_logits": True}
 
 
 def one_step(model, stage, length=40):

@@ -20,6 +20,8 @@ class DreamLLMConfig(PreTrainedConfig):
     `OfficialDreamLLM` (notebook 15). `ValueError` for numbers out of range."""
     model_type = "dreamllm_edu"
     sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
+    keys_to_ignore_at_inference = [  # an evaluation by transformers' Trainer collects logits alone
+        "lm_loss", "image_loss", "token_losses", "picture_losses", "last_hidden_state", "conditions", "past_key_values"]
 
     def __init__(self, text_config: LlamaConfig | dict | None = None,
                  vision_config: CLIPVisionConfig | dict | None = None,

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['Block', 'Callback', 'Row', 'prompt_blocks', 'sample_tokens', 'Feeder', 'feed_blocks',
-           'stream_text', 'close_text', 'DiffusionDrawer', 'dream', 'allowed_tokens', 'write',
-           'step', 'merge', 'check_number', 'check_documents', 'GenerationOptions']
+           'stream_text', 'close_text', 'stream_token', 'DiffusionDrawer', 'dream',
+           'allowed_tokens', 'write', 'step', 'merge', 'check_number', 'check_documents',
+           'GenerationOptions', 'evaluating']
 
 # %% ../../../nbs/09_generation.ipynb #a12dd2f2
 import functools
 import math
 import numbers
-from dataclasses import dataclass, field, replace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -34,10 +37,13 @@ class Row:
     parts: list = field(default_factory=list)    # finished parts of the answer
     ids: list = field(default_factory=list)      # text tokens since the last picture
     streamed: int = 0                            # characters of their text that the callback has received
+    kept: int = 0                                # of these tokens so many need not be decoded again,
+    sent: int = 0                                # and the text of so many has been streamed
     tokens: int = 0                              # text tokens written so far
     pictures: int = 0
     length: int = 0                              # tokens in the cache, without padding
     dreaming: bool = False
+    queries: torch.Tensor | None = None          # states at its dream queries [Q, D], once they are fed
     done: bool = False
 
     @property
@@ -95,28 +101,31 @@ class Feeder:
     padded on the left and masked."""
     def __init__(self, model: DreamLLM, rows: list[Row]):
         self.model, self.rows, self.cache = model, rows, DynamicCache(config=model.config.text_config)
-        self.mask = torch.zeros(len(rows), 0, dtype=torch.long)
+        self.mask, self.padded = torch.zeros(len(rows), 0, dtype=torch.long), False
         self.last = None  # logits after each row's newest token [B, V], on the CPU, where tokens are chosen
 
     def feed(self, blocks: list[list[int]], features: list[torch.Tensor | None]) -> torch.Tensor:
         """Final states [B, W, D] of the new tokens. `blocks`: token ids for each row (empty: wait),
         W is the longest; `features`: for each row its picture features [n, N, E] or None."""
         width, model = max(map(len, blocks)), self.model
-        ids = torch.zeros(len(blocks), width, dtype=torch.long)
-        new = torch.zeros(len(blocks), width, dtype=torch.long)
-        for b, block in enumerate(blocks):
-            if block:
-                ids[b, -len(block):], new[b, -len(block):] = torch.tensor(block), 1
+        device = model.device
+        ids = torch.tensor([[0] * (width - len(block)) + block for block in blocks], device=device)
+        new = torch.tensor([[0] * (width - len(block)) + [1] * len(block) for block in blocks])
         have = [f for f in features if f is not None and len(f)]
         positions = (torch.tensor([[r.length] for r in self.rows]) + new.cumsum(-1) - 1).clamp(min=0)
-        self.mask = torch.cat([self.mask, new], 1)
-        ids, mask, positions = (x.to(model.device) for x in (ids, self.mask, positions))
-        embeddings = model.embed(ids, torch.cat(have) if have else None)
-        states = model.language_model.model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions,
-                                            past_key_values=self.cache, use_cache=True).last_hidden_state
+        self.mask, self.padded = torch.cat([self.mask, new], 1), self.padded or not bool(new.all())
+        mask = self.mask.to(device) if self.padded else None  # nothing to hide: attention is faster without
+        if width == 1:  # a single token is text: no slots to look for
+            embeddings = model.get_input_embeddings()(ids)
+        else:
+            embeddings = model.embed(ids, torch.cat(have) if have else None)
+        states = model.language_model.model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions.to(device),
+            past_key_values=self.cache, use_cache=True).last_hidden_state
         logits = model.language_model.lm_head(states[:, -1]).float().cpu()
-        fed = torch.tensor([bool(b) for b in blocks])
-        self.last = logits if self.last is None else torch.where(fed[:, None], logits, self.last)
+        if self.last is not None and not all(blocks):
+            logits = torch.where(torch.tensor([[bool(block)] for block in blocks]), logits, self.last)
+        self.last = logits
         for row, block in zip(self.rows, blocks):
             row.length += len(block)
         return states
@@ -124,7 +133,8 @@ class Feeder:
 # %% ../../../nbs/09_generation.ipynb #1d850894
 def feed_blocks(feeder: Feeder, processor: DreamLLMProcessor, blocks: list[Block]) -> torch.Tensor:
     """Feed one block a row, its pictures through the frozen vision encoder; final states [B, W, D].
-    `ValueError` if a row becomes longer than the context."""
+    A row whose block ends with a dream block keeps the states of its queries. `ValueError` if a row
+    becomes longer than the context."""
     limit = processor.max_length
     for row, (ids, _) in zip(feeder.rows, blocks):
         if row.length + len(ids) > limit:
@@ -138,7 +148,11 @@ def feed_blocks(feeder: Feeder, processor: DreamLLMProcessor, blocks: list[Block
     for _, own in blocks:
         features.append(encoded[at:at + len(own)] if own else None)
         at += len(own)
-    return feeder.feed([ids for ids, _ in blocks], features)
+    states, dream = feeder.feed([ids for ids, _ in blocks], features), processor.layout.dream_block()
+    for b, (ids, _) in enumerate(blocks):
+        if ids[-len(dream):] == dream:
+            feeder.rows[b].queries = states[b, -1 - processor.num_queries:-1]
+    return states
 
 # %% ../../../nbs/09_generation.ipynb #4d30caa5
 Callback = Callable[[int, str | Image.Image], object]  # receives the row's number, and new text or a new picture
@@ -156,7 +170,19 @@ def close_text(b: int, row: Row, processor: DreamLLMProcessor, callback: Callbac
     if row.ids:
         row.parts.append(processor.decode(row.ids))
         stream_text(b, row, row.parts[-1], callback)
-        row.ids, row.streamed = [], 0
+        row.ids, row.streamed, row.kept, row.sent = [], 0, 0, 0
+
+
+def stream_token(b: int, row: Row, processor: DreamLLMProcessor, callback: Callback | None) -> None:
+    """Give the callback the letters that row `b`'s newest token completes; the bytes of one letter
+    may come in several tokens. Only the tokens since the letter before are decoded."""
+    if callback:
+        text = processor.decode(row.ids[row.kept:])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            new = text[len(processor.decode(row.ids[row.kept:row.sent])):]
+            row.streamed, row.kept, row.sent = row.streamed + len(new), row.sent, len(row.ids)
+            if new:
+                callback(b, new)
 
 # %% ../../../nbs/09_generation.ipynb #cc23cc13
 class DiffusionDrawer:
@@ -198,10 +224,11 @@ def dream(feeder: Feeder, processor: DreamLLMProcessor, drawer: DiffusionDrawer,
     """Every row that met `<dream>`: feed the queries, draw, read the picture, go on."""
     rows, layout, callback = feeder.rows, processor.layout, options["callback"]
     dreaming = [b for b, r in enumerate(rows) if r.dreaming]
-    states = feed_blocks(feeder, processor, [(layout.dream_block(), []) if r.dreaming else ([], []) for r in rows])
-    states = states[dreaming, -1 - processor.num_queries:-1]
+    unfed = [r.dreaming and r.queries is None for r in rows]
+    if any(unfed):
+        feed_blocks(feeder, processor, [(layout.dream_block(), []) if more else ([], []) for more in unfed])
     pictures = drawer.draw(
-        states,
+        torch.stack([rows[b].queries for b in dreaming]),
         [options["generators"][b] for b in dreaming],
         options["guidance_scale"],
         options["num_inference_steps"],
@@ -209,7 +236,7 @@ def dream(feeder: Feeder, processor: DreamLLMProcessor, drawer: DiffusionDrawer,
     for b, picture in zip(dreaming, pictures):
         close_text(b, rows[b], processor, callback)
         rows[b].parts.append(picture)
-        rows[b].pictures, rows[b].dreaming = rows[b].pictures + 1, False
+        rows[b].pictures, rows[b].dreaming, rows[b].queries = rows[b].pictures + 1, False, None
         if callback:
             callback(b, picture)
     image_blocks = {}
@@ -261,11 +288,7 @@ def write(feeder: Feeder, processor: DreamLLMProcessor, options: dict) -> None:
             row.ids.append(token)
             row.tokens += 1
             blocks[b] = [token]
-            text = processor.decode(row.ids)
-            if not text.endswith(
-                "\N{REPLACEMENT CHARACTER}"
-            ):  # the bytes of one letter may come in several tokens: wait for the last
-                stream_text(b, row, text, options["callback"])
+            stream_token(b, row, processor, options["callback"])
     if any(blocks):
         feeder.feed(blocks, [None] * len(rows))
 
@@ -275,12 +298,14 @@ def step(feeder: Feeder, processor: DreamLLMProcessor, drawer: DiffusionDrawer, 
     dream (all of them in one batch)."""
     rows, blocks = feeder.rows, []
     for row in rows:
+        block = ([], [])
         if row.pending and not row.dreaming:
-            block = row.pending.pop(0)
-            row.dreaming = block is None
-            blocks.append(block or ([], []))
-        else:
-            blocks.append(([], []))
+            block = row.pending.pop(0) or block
+            row.dreaming = block == ([], [])  # it was None: a picture is requested
+            if row.pending and row.pending[0] is None and not row.dreaming:  # feed its queries in the same pass
+                row.dreaming = row.pending.pop(0) is None
+                block = (block[0] + processor.layout.dream_block(), block[1])
+        blocks.append(block)
     if any(ids for ids, _ in blocks):
         feed_blocks(feeder, processor, blocks)
     elif any(row.writing for row in rows):
@@ -327,31 +352,34 @@ def check_documents(model: DreamLLM, documents: list[Document], processor: Dream
 # %% ../../../nbs/09_generation.ipynb #adacdd74
 @dataclass
 class GenerationOptions:
-    """The numbers of a call of `generate`, checked: `ValueError` for one that is out of range."""
-    max_new_tokens: int
-    max_pictures: int
-    temperature: float
-    top_p: float
-    guidance_scale: float
-    num_inference_steps: int
-    seed: int
-    first: int
+    """The numbers of a call of `generate`."""
+    max_new_tokens: int = 120
+    max_pictures: int = 4
+    temperature: float = 0.0
+    top_p: float = 1.0
+    guidance_scale: float = 2.0
+    num_inference_steps: int = 20
+    seed: int = 0
+    first: int = 0
 
-    def overridden(self, config: GenerationConfig | None) -> "GenerationOptions":
-        """These numbers, where `config` names none."""
-        if config is None:
-            return self
-        named = {name: getattr(config, name, None) for name in ("max_new_tokens", "top_p", "guidance_scale")}
-        if config.do_sample is not None:
-            warmth = getattr(config, "temperature", None)
-            named["temperature"] = (
-                0.0
-                if not config.do_sample
-                else self.temperature or 1.0
-                if warmth is None
-                else warmth
-            )
-        return replace(self, **{name: value for name, value in named.items() if value is not None})
+    @classmethod
+    def chosen(cls, given: dict[str, Any], *configs: GenerationConfig | None) -> "GenerationOptions":
+        """For each number the first that is not None: of `given`, of the configurations in turn, the
+        default. `do_sample` among them decides whether the temperature counts."""
+        sources = [given, *(vars(config) for config in configs if config is not None)]
+
+        def first_of(name: str, sources: list[dict]) -> Any:
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        found = {f.name: first_of(f.name, sources) for f in fields(cls)}
+        sample = first_of("do_sample", sources)
+        if sample is None:
+            found["temperature"] = given.get("temperature")
+        elif not sample:
+            found["temperature"] = 0.0
+        elif found["temperature"] is None:
+            found["temperature"] = 1.0
+        return cls(**{name: value for name, value in found.items() if value is not None})
 
     def check(self, steps: int) -> None:
         """`ValueError` for a number out of range; `steps`: as many as the noise schedule has."""
@@ -368,45 +396,54 @@ class GenerationOptions:
         for name, (low, *high) in real.items():
             check_number(name, getattr(self, name), low, *(high or [None]), numbers.Real)
 
-# %% ../../../nbs/09_generation.ipynb #da7ab280
+# %% ../../../nbs/09_generation.ipynb #22735860
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode: no dropout, and no checkpointing of layers, which would switch
+    the cache off. A model that is in it already is left alone, so that several threads may use it."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
 @patch
 @torch.no_grad()
 def generate(self: DreamLLM, documents: Document | list[Document],
-             processor: DreamLLMProcessor | None = None, max_new_tokens: int = 120,
-             max_pictures: int = 4, temperature: float = 0.0, top_p: float = 1.0,
-             guidance_scale: float = 2.0, num_inference_steps: int = 20, seed: int = 0,
+             processor: DreamLLMProcessor | None = None, max_new_tokens: int | None = None,
+             max_pictures: int | None = None, temperature: float | None = None,
+             top_p: float | None = None, guidance_scale: float | None = None,
+             num_inference_steps: int | None = None, seed: int | None = None,
              generator: torch.Generator | None = None, callback: Callback | None = None,
-             generation_config: GenerationConfig | None = None,
-             first: int = 0) -> Document | list[Document]:
+             generation_config: GenerationConfig | None = None, first: int | None = None,
+             do_sample: bool | None = None) -> Document | list[Document]:
     """Continue documents with text and pictures: a `Document` for a `Document`, a list for a list
     (prompts are given, answers follow).
 
     The model writes tokens. When it writes `<dream_start>`, or the prompt holds `Dream()`, it draws
-    with guidance `guidance_scale` in `num_inference_steps` steps, reads what it drew, and goes on.
-    `max_new_tokens` and `max_pictures` bound what is added to each document (the prompt's
-    `Dream()`s are always drawn, and count); with `max_new_tokens=0` only those are drawn. Greedy at
-    `temperature` 0, else sampled from the nucleus `top_p`.
+    with guidance `guidance_scale` (2) in `num_inference_steps` (20) steps, reads what it drew, and
+    goes on. `max_new_tokens` (120) and `max_pictures` (4) bound what is added to each document (the
+    prompt's `Dream()`s are always drawn, and count); with `max_new_tokens=0` only those are drawn.
+    Greedy at `temperature` 0 or with `do_sample=False`, else sampled from the nucleus `top_p` (1).
+    For an argument that is None the first of `generation_config`, `model.generation_config` and the
+    default in brackets counts that names it.
 
     What a document gets depends on `seed` (or a `generator`) and its own place in the list, not on
     its neighbours; `first` is the place of the first document, for a long list that is handed over
     in pieces. `callback(i, text_or_picture)` is called as parts appear, text in pieces of whole
-    letters. Without `processor` it is the miniature's. `generation_config`: a `GenerationConfig` of
-    transformers, whose `max_new_tokens`, `do_sample`, `temperature`, `top_p` and `guidance_scale`
-    come before the arguments.
+    letters. Without `processor` it is the miniature's.
 
     Raises `ValueError` for empty or overlong prompts, for numbers out of range, and for a processor
     that does not belong to the model."""
-    numbers_given = GenerationOptions(
-        max_new_tokens,
-        max_pictures,
-        temperature,
-        top_p,
-        guidance_scale,
-        num_inference_steps,
-        seed,
-        first,
-    )
-    chosen, single = numbers_given.overridden(generation_config), isinstance(documents, Document)
+    given = dict(max_new_tokens=max_new_tokens, max_pictures=max_pictures, temperature=temperature,
+                 top_p=top_p, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+                 seed=seed, first=first, do_sample=do_sample)
+    chosen = GenerationOptions.chosen(given, generation_config, self.generation_config)
+    single = isinstance(documents, Document)
     documents = [documents] if single else list(documents)
     if not documents:
         return []
@@ -414,20 +451,17 @@ def generate(self: DreamLLM, documents: Document | list[Document],
     check_documents(self, documents, processor)
     chosen.check(self.scheduler.config.num_train_timesteps)
     if generator is not None:
-        seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    seeds = [seed + 7919 * (first + b) for b in range(len(documents))]
+        chosen.seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    seeds = [chosen.seed + 7919 * (chosen.first + b) for b in range(len(documents))]
     words, noise = ([torch.Generator().manual_seed(s + more) for s in seeds] for more in (1, 0))
     sample = lambda logits, allowed, rows: sample_tokens(
         logits, allowed, chosen.temperature, chosen.top_p, [words[b] for b in rows]
     )
     options = {**vars(chosen), "generators": noise, "callback": callback, "sample": sample}
-    rows, training = [Row(prompt_blocks(d, processor.layout)) for d in documents], self.training
-    self.eval()  # no dropout, and no checkpointing of layers, which would switch the cache off
-    try:
+    rows = [Row(prompt_blocks(d, processor.layout)) for d in documents]
+    with evaluating(self):
         feeder, drawer = Feeder(self, rows), DiffusionDrawer(self)
         while not all(r.done for r in rows):
             step(feeder, processor, drawer, options)
-    finally:
-        self.train(training)
     answers = [Document(merge(d, r.parts), len(d.parts), d.name) for d, r in zip(documents, rows)]
     return answers[0] if single else answers

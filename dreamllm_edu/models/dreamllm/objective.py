@@ -125,6 +125,6 @@ class DreamLLMObjective:
             latents = mean + std * random.pop("vae_noise").float()
             given = {"latents": latents, **random}
         out = runner(input_ids=batch.input_ids, labels=batch.labels, position_ids=batch.position_ids,
-                     image_features=images, labelled_only=True, null_included=True, **given)
+                     image_features=images, compact_logits=True, null_included=True, **given)
         zero = 0.0 * (out.conditions.sum() + out.last_hidden_state.sum() + out.token_losses.sum())
         return {"lm": out.token_losses, "image": out.picture_losses}, zero

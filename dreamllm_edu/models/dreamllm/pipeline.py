@@ -62,21 +62,21 @@ class DreamLLMPipeline:
         self.model.to(*device_or_dtype)
         return self
 
-    def __call__(self, prompt: str | Document | list[str | Document], num_inference_steps: int = 20,
-                 guidance_scale: float = 2.0, generator: torch.Generator | None = None,
+    def __call__(self, prompt: str | Document | list[str | Document], num_inference_steps: int | None = None,
+                 guidance_scale: float | None = None, generator: torch.Generator | None = None,
                  max_new_tokens: int | None = None, return_dict: bool = True,
                  **options) -> DreamLLMPipelineOutput | tuple:
         """Continue one prompt or a list of them; a string stands for `Document([text, Dream()])`.
 
         `max_new_tokens`: by default 0 if every prompt holds a `Dream()`, so that only the requested
-        pictures are drawn, else 120. `options`: those of `DreamLLM.generate`, such as
+        pictures are drawn. Numbers that are not given are those of `generate`. `options`: those of `DreamLLM.generate`, such as
         `temperature`, `max_pictures`, `seed`. `return_dict=False` gives the tuple (documents,
         images). Raises `ValueError` where `generate` does."""
         prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
         prompts = [Document([p, Dream()]) if isinstance(p, str) else p for p in prompts]
         if max_new_tokens is None:
             requested = (isinstance(p, Document) and any(isinstance(part, Dream) for part in p.parts) for p in prompts)
-            max_new_tokens = 0 if all(requested) else 120
+            max_new_tokens = 0 if all(requested) else None
         documents = self.model.generate(
             prompts,
             self.processor,

@@ -85,9 +85,10 @@ def from_pretrained(cls: DreamLLMProcessor, name: Path | str, *args, **kwargs) -
 
 # %% ../../../nbs/A4_loading.ipynb #67fc1be9
 import re
+from contextlib import suppress
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ...files import read_tensors, write_folder, write_tensors
 from ...parts.loading import weights_checksum
@@ -217,4 +218,8 @@ def from_pretrained(cls: DreamLLM, name: Path | str, *args, **kwargs) -> DreamLL
         )
     for part in cls.frozen_parts:  # loading makes new parameters, which require gradients
         getattr(model, part).requires_grad_(False)
+    with suppress(OSError):  # a checkpoint without that file keeps the defaults
+        places = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+        where = {key: kwargs[key] for key in places if key in kwargs}
+        model.generation_config = kwargs.get("generation_config") or GenerationConfig.from_pretrained(name, **where)
     return (model, info) if wants_info else model
