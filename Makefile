@@ -28,8 +28,8 @@ format: $(VENV)/.installed  # wrap long statements of tests and tools, sort thei
 test-lowest:  # the oldest versions of the libraries that settings.ini admits, in an environment of their own
 	PYTHON=$(PYTHON) bash tools/lower_bounds.sh
 
-docs: $(VENV)/.installed
-	$(BIN)/nbdev_docs
+docs: $(VENV)/.installed  # _docs/; needs Quarto
+	$(BIN)/python tools/docs.py
 
 export: $(VENV)/.installed  # write dreamllm_edu/ from the notebooks
 	$(BIN)/python tools/export.py

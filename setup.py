@@ -36,7 +36,8 @@ setup(
     install_requires=shlex.split(config["requirements"]),
     extras_require={"dev": shlex.split(config["dev_requirements"]), "official": shlex.split(config["official_requirements"]),
                     "deepspeed": shlex.split(config["deepspeed_requirements"])},
-    entry_points={"console_scripts": shlex.split(config["console_scripts"])},
+    entry_points={"console_scripts": shlex.split(config["console_scripts"]),
+                  "nbdev": ["dreamllm_edu=dreamllm_edu._modidx:d"]},  # the docs link names to pages and source
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License",
                  "Intended Audience :: Education", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     zip_safe=False,

@@ -243,6 +243,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
         key = storage._cdata
         if key not in self.known and key not in self.sizes:
             self.sizes[key] = storage.nbytes()
@@ -251,6 +252,7 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self.drop, key)
 
     def drop(self, key: int) -> None:
+        """A storage was freed: subtract its bytes."""
         self.now -= self.sizes.pop(key, 0)
 
 
@@ -267,6 +269,7 @@ class SavedBytes(saved_tensors_hooks):
         return self
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count the storage of a tensor of any shape that autograd keeps, and return the tensor."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.sizes[storage._cdata] = storage.nbytes()
@@ -274,6 +277,7 @@ class SavedBytes(saved_tensors_hooks):
 
     @property
     def total(self) -> float:
+        """Bytes kept."""
         return sum(self.sizes.values())
 
 # %% ../nbs/18_planner.ipynb #c6797a3f
@@ -457,10 +461,12 @@ class StagePlan:
 
     @property
     def total(self) -> float:
+        """Bytes on GPU 0."""
         return sum(self.items.values())
 
     @property
     def fits(self) -> bool:
+        """Whether bytes are left of what may be used."""
         return self.headroom >= 0
 
 
@@ -476,6 +482,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether every stage fits."""
         return all(stage.fits for stage in self.stages)
 
     def table(self) -> str:

@@ -15,15 +15,19 @@ ROOT = Path(__file__).parent.parent
 
 def readme():
     """The README's text. Links to notebooks and pictures are rewritten to start at the top of the repository."""
-    parts = []
+    parts, runs_on = [], False  # runs_on: the last part is code, and code that follows belongs to the same block
     for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells:
         if cell.cell_type == "markdown":
             parts.append(cell.source)
         elif cell.cell_type == "code" and "#| echo: false" not in cell.source:
-            parts.append(f"```python\n{cell.source}\n```")
+            if runs_on:
+                parts[-1] = parts[-1].removesuffix("```") + f"\n{cell.source}\n```"
+            else:
+                parts.append(f"```python\n{cell.source}\n```")
         for output in cell.get("outputs", []):
             if "text/markdown" in output.get("data", {}):
                 parts.append(output["data"]["text/markdown"])
+        runs_on = bool(parts) and parts[-1].startswith("```python")
     text = "\n\n".join(part.strip() for part in parts) + "\n"
     text = re.sub(r"\]\((?=[\w-]+\.ipynb|images/)", "](nbs/", text)
     return re.sub(r'((?:src|srcset)=")(?=images/)', r"\1nbs/", text)

@@ -113,9 +113,13 @@ FAMILIES: dict[str, type] = {}
 
 
 def register_family(name: str) -> Callable[[type], type]:
-    """A class decorator: recipes name the family by `name`. `ValueError` if the name is taken."""
+    """A class decorator: recipes name the family by `name`. `ValueError` if the name is taken. The
+    same class may come again: a notebook's cell that runs twice, or that shows a module's class."""
     def add(cls: type) -> type:
-        if FAMILIES.setdefault(name, cls) is not cls:
-            raise ValueError(f"there is a family {name!r} already ({FAMILIES[name].__module__}); choose another name")
+        known = FAMILIES.setdefault(name, cls)
+        again = cls.__qualname__ == known.__qualname__ and cls.__module__ in (known.__module__, "__main__")
+        if known is not cls and not again:
+            raise ValueError(f"there is a family {name!r} already ({known.__module__}); choose another name")
+        FAMILIES[name] = cls
         return cls
     return add

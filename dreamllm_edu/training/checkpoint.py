@@ -26,7 +26,8 @@ from .strategies import Share, Strategy
 def state_shares(strategy: Strategy, trained: dict[str, torch.nn.Parameter], ema: dict[str, torch.Tensor],
                  buffers: dict[str, torch.Tensor]) -> dict[str, Share]:
     """What a checkpoint holds, by name: this process's `Share`s of the weights that train, of both
-    AdamW moments, of the moving average, and of the buffers that a forward pass changes."""
+    AdamW moments, of the moving average, and of the buffers that a forward pass changes. Tensors of
+    any shape."""
     shares = {f"model/{name}": strategy.share(p) for name, p in trained.items()}
     for key in ("exp_avg", "exp_avg_sq"):
         shares.update({f"{key}/{name}": strategy.share(p, key) for name, p in trained.items()})
@@ -36,7 +37,7 @@ def state_shares(strategy: Strategy, trained: dict[str, torch.nn.Parameter], ema
 
 def restore_shares(strategy: Strategy, shares: dict[str, Share], trained: dict[str, torch.nn.Parameter],
                    ema: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_shares`, after `load_checkpoint` has filled them."""
+    """The inverse of `state_shares`, after `load_checkpoint` has filled them; tensors of any shape."""
     for name, p in trained.items():
         for kind, key in (("model", None), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
             strategy.put(shares[f"{kind}/{name}"].values, p, key)
@@ -111,6 +112,7 @@ def whole_checkpoint(folder: Path) -> dict:
 
 
 def warn(text: str) -> None:
+    """Print to the standard error stream."""
     print(text, file=sys.stderr)
 
 

@@ -116,11 +116,13 @@ class StoreFiller:
         self.done = {encoder.name: 0 for encoder in encoders.values()} | {"broken": 0}
 
     def add(self, role: str, pictures: list) -> None:
+        """Note pictures of a role; a full batch is encoded at once."""
         self.waiting[role].update({picture.key: picture for picture in pictures})
         if len(self.waiting[role]) >= self.batch:
             self.flush(role)
 
     def flush(self, role: str) -> None:
+        """Encode and store the pictures of a role that wait, in every view."""
         encoder, pictures = self.encoders[role], list(self.waiting[role].values())
         self.waiting[role].clear()
         for view in range(self.views if encoder.augmented else 1):

@@ -39,8 +39,8 @@ def average_into(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> 
 # %% ../../nbs/10_training.ipynb #65cd4a5e
 def update(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], loss: torch.Tensor,
            clip_norm: float, step: int = 0) -> None:
-    """Gradient, clipping, AdamW. `FloatingPointError`, and no weight is changed, when the loss or its
-    gradient is not finite."""
+    """Gradient of `loss`, float32 [], clipping, AdamW. `FloatingPointError`, and no weight is changed,
+    when the loss or its gradient is not finite."""
     hint = f"at step {step}; nothing was updated. Lower the learning rate or look at this batch"
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()} {hint}")

@@ -47,6 +47,7 @@ class Log:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict) -> None:
+        """Add the row of a step."""
         self.rows.append(row)
         if self.on_disk:
             with self.path.open("a") as file:

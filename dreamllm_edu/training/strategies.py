@@ -60,6 +60,7 @@ class Strategy:
         return trained
 
     def zero_grad(self) -> None:
+        """Drop all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -68,7 +69,7 @@ class Strategy:
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """`loss`: this process's sum divided by the counts of all. Gradients are averaged over the
+        """`loss`, []: this process's sum divided by the counts of all. Gradients are averaged over the
         processes afterwards, hence the factor."""
         (rank_and_world()[1] * loss.float()).backward()
 
@@ -80,18 +81,18 @@ class Strategy:
         return norm
 
     def share(self, p: torch.Tensor, key: str | None = None) -> Share:
-        """This process's `Share` of a parameter, or with `key` of its AdamW moment."""
+        """This process's `Share` of a parameter of any shape, or with `key` of its AdamW moment."""
         tensor = self.optimizer.state[p][key] if key else p.detach()
         return Share(tensor.reshape(-1), 0, tuple(tensor.shape))
 
     @torch.no_grad()
     def put(self, values: torch.Tensor, p: torch.Tensor, key: str | None = None) -> None:
-        """Overwrite this process's share of a parameter, or of its AdamW moment `key`."""
+        """Overwrite this process's share of a parameter, or of its AdamW moment `key`, with `values` [n]."""
         tensor = self.optimizer.state[p][key] if key else p
         tensor.copy_(values.view(tensor.shape).clone())  # `values` may lie in the tensor's own memory, in another order
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All of a sharded tensor, on every process; any other tensor itself."""
+        """All of a sharded tensor of any shape, on every process; any other tensor itself."""
         return tensor
 
     def norm(self, parameters: list[torch.nn.Parameter]) -> float:
@@ -105,7 +106,7 @@ class Strategy:
 
 
 def as_float(value: torch.Tensor) -> float:
-    """A plain number of a norm, sharded or not."""
+    """A plain number of a norm [], sharded or not."""
     return (value.full_tensor() if isinstance(value, DTensor) else value).item()
 
 # %% ../../nbs/19_full_scale.ipynb #b58e997d
@@ -181,6 +182,7 @@ class WithoutFrozen(torch.nn.Module):
         object.__setattr__(self, "model", model)  # an attribute, not a module of this one
 
     def forward(self, **batch: Any) -> Any:
+        """The whole model's forward pass."""
         return self.model(**batch)
 
 

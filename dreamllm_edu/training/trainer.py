@@ -167,6 +167,7 @@ class Stopper:
         return self
 
     def ask(self, kind: int, frame: Any) -> None:
+        """The signal handler: stop after this step; a second Ctrl-C raises `KeyboardInterrupt`."""
         if self.asked and kind == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = 1.0
@@ -541,8 +542,8 @@ def train_part(
 def save_trained_tensors(
     trainer: Trainer, tensors: dict[str, torch.Tensor], path: Path | str, mark: str | None = None
 ) -> None:
-    """Write what a stage trained, in half precision, from however many processes: tensors are
-    gathered one by one. `mark`: checksum of the frozen parts, taken before they were shared out."""
+    """Write what a stage trained, in half precision, from however many processes: tensors of any
+    shape are gathered one by one. `mark`: checksum of the frozen parts, taken before they were shared out."""
     whole, (rank, _), named = {}, rank_and_world(), dict(trainer.model.named_parameters())
     for name, tensor in tensors.items():
         tensor = trainer.strategy.gather(named.get(name, tensor))

@@ -127,6 +127,7 @@ class DreamLLM(PreTrainedModel):
         """Parts initialise themselves as their own libraries do."""
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
+        """The language model's token embeddings, [V, D]."""
         return self.language_model.model.embed_tokens
 
     def train(self, mode: bool = True) -> "DreamLLM":
@@ -170,8 +171,8 @@ def blocks_by_row(rows: torch.Tensor, input_ids: torch.Tensor) -> list[int]:
 
 
 def check_pictures(rows: torch.Tensor, input_ids: torch.Tensor, number: int, block: str, picture: str) -> None:
-    """`ValueError` unless there are as many pictures as blocks: otherwise later pictures would land
-    in wrong blocks."""
+    """`ValueError` unless there are as many pictures (`number`) as blocks: otherwise later pictures
+    would land in wrong blocks. `rows`: the row of each block, int64 [n]; `input_ids`: int64 [B, T]."""
     if len(rows) != number:
         raise ValueError(f"{len(rows)} {block} blocks in the tokens (by document: "
                          f"{blocks_by_row(rows, input_ids)}), but {number} "
@@ -313,7 +314,7 @@ def language_losses(self: DreamLLM, states: torch.Tensor, labels: torch.Tensor |
 
 @patch
 def uses_queries(self: DreamLLM, latents: torch.Tensor | None) -> bool:
-    """Whether queries fill the dream slots, with target latents or without (None)."""
+    """Whether queries fill the dream slots, with target latents [n, Z, h, w] or without (None)."""
     return True
 
 

@@ -54,6 +54,7 @@ class DreamLLMPipeline:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.device
 
     def to(self, *device_or_dtype: str | torch.device | torch.dtype) -> "DreamLLMPipeline":

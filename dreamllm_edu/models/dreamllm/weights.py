@@ -66,8 +66,8 @@ def mini_processor(parts: Path | str | None = None, num_queries: int = 8, max_le
     return DreamLLMProcessor(images, tokenizer, num_queries=num_queries, max_length=max_length)
 
 
-@patch(cls_method=True, nm="from_pretrained")
-def processor_from_pretrained(cls: DreamLLMProcessor, name: Path | str, *args, **kwargs) -> DreamLLMProcessor:
+@patch(cls_method=True)
+def from_pretrained(cls: DreamLLMProcessor, name: Path | str, *args, **kwargs) -> DreamLLMProcessor:
     """`"mini"`: the processor of the miniature, with the options of `mini_processor`; anything else
     is a folder or hub name. `ValueError` for damaged files, and for options of `"mini"` that would
     do nothing."""
