@@ -935,7 +935,7 @@ def test_python_m_is_the_command_line_or_names_it(module, command, tmp_path):
 
 
 WINDOWS = """
-import builtins, os, pkgutil, signal, sys
+import builtins, pkgutil, sys
 real = builtins.__import__
 def windows(name, globals=None, *rest, **named):
     inside = str((globals or {}).get("__name__")).startswith("dreamllm_edu")
@@ -943,11 +943,7 @@ def windows(name, globals=None, *rest, **named):
         raise ModuleNotFoundError(f"No module named {name!r}")
     return real(name, globals, *rest, **named)
 builtins.__import__ = windows
-import dreamllm_edu, torch, transformers, diffusers, datasets
-for name in ("fork", "getuid", "geteuid", "getgid", "sched_getaffinity", "O_DIRECTORY", "killpg", "mkfifo", "uname"):
-    hasattr(os, name) and delattr(os, name)
-for name in ("SIGKILL", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGCHLD", "pthread_kill"):
-    hasattr(signal, name) and delattr(signal, name)
+import dreamllm_edu
 for module in pkgutil.walk_packages(dreamllm_edu.__path__, "dreamllm_edu."):
     if not module.name.endswith("__main__"):
         __import__(module.name)
@@ -975,7 +971,7 @@ def opens_text(node):
     method = isinstance(node.func, ast.Attribute)
     name = node.func.attr if method else getattr(node.func, "id", "")
     owner = node.func.value.id if method and isinstance(node.func.value, ast.Name) else ""
-    if "encoding" in named or owner in ("Image", "os", "fsspec", "tarfile", "zipfile", "webbrowser"):
+    if "encoding" in named or owner in ("Image", "os", "fsspec", "tarfile", "zipfile", "archive"):
         return False
     if name == "read_text":
         return method and not node.args
@@ -991,3 +987,18 @@ def opens_text(node):
 def test_text_files_are_opened_in_utf8_on_every_system(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))) if isinstance(node, ast.Call)]
     assert [f"{path.name}:{node.lineno}" for node in calls if opens_text(node)] == []
+
+
+UNIX = {"fork", "getuid", "geteuid", "getgid", "getegid", "sched_getaffinity", "sched_setaffinity", "O_DIRECTORY", "killpg",
+        "kill", "mkfifo", "uname", "chown", "getloadavg", "wait", "nice", "statvfs", "pread", "sysconf", "SIGKILL", "SIGUSR1",
+        "SIGUSR2", "SIGALRM", "SIGHUP", "SIGCHLD", "SIGSTOP", "alarm", "setitimer", "pthread_kill", "pause", "tzset"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dreamllm_edu").rglob("*.py")), ids=lambda path: path.stem)
+def test_what_only_unix_has_is_asked_for_first(path):
+    text = path.read_text(encoding="utf8")
+    used = {node.attr for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            and node.value.id in ("os", "signal", "time") and node.attr in UNIX}
+    assert [name for name in used if f'"{name}")' not in text] == [], "not on Windows; guard it with hasattr"
+    assert "/tmp" not in re.sub(r"#.*", "", text), "use tempfile"

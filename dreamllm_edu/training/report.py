@@ -49,7 +49,7 @@ class Log:
     def write(self, row: dict) -> None:
         self.rows.append(row)
         if self.on_disk:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf8", newline="\n") as file:
                 file.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/19_full_scale.ipynb #535f8d8a
