@@ -806,8 +806,8 @@ def test_closed_standard_input_is_an_error_and_a_terminal_has_its_own_encoding(m
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(ValueError, match="standard input is closed; give a file"):
             dreamllm_edu.app.cli.read_prompts("-")
-    for data, encoding, text in (("Bär".encode("cp1252"), "cp1252", "Bär"), (b"B\xe4r", "ascii", None)):
-        terminal = bytes_as_stdin(data, encoding)
+    for typed, encoding, text in (("Bär".encode("cp1252"), "cp1252", "Bär"), (b"B\xe4r", "ascii", None)):
+        terminal = bytes_as_stdin(typed, encoding)
         terminal.isatty = lambda: True
         monkeypatch.setattr(sys, "stdin", terminal)
         if text:
@@ -895,7 +895,7 @@ def test_generate_takes_the_mini_that_is_named(own_mini, capsys):
     assert not (own_mini.parent / "mini").exists() and is_shipped("mini")
 
 
-@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("notes")], ids=["folder", "file"])
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch], ids=["folder", "file"])
 def test_anything_else_named_mini_is_mentioned(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "mini")
@@ -978,7 +978,8 @@ def opens_text(node):
     if name == "write_text":
         return method and len(node.args) < 2
     if name == "open" and (not method or node.args or named):
-        modes = [a.value for a in [*node.args, *named.values()] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        values = [a.value for a in [*node.args, *named.values()] if isinstance(a, ast.Constant)]
+        modes = [value for value in values if isinstance(value, str)]
         return not any("b" in mode for mode in modes if set(mode) <= set("rwaxbt+"))
     return name in ("fdopen", "NamedTemporaryFile", "TextIOWrapper")
 
@@ -989,9 +990,11 @@ def test_text_files_are_opened_in_utf8_on_every_system(path):
     assert [f"{path.name}:{node.lineno}" for node in calls if opens_text(node)] == []
 
 
-UNIX = {"fork", "getuid", "geteuid", "getgid", "getegid", "sched_getaffinity", "sched_setaffinity", "O_DIRECTORY", "killpg",
-        "kill", "mkfifo", "uname", "chown", "getloadavg", "wait", "nice", "statvfs", "pread", "sysconf", "SIGKILL", "SIGUSR1",
-        "SIGUSR2", "SIGALRM", "SIGHUP", "SIGCHLD", "SIGSTOP", "alarm", "setitimer", "pthread_kill", "pause", "tzset"}
+UNIX = set((
+    "O_DIRECTORY SIGALRM SIGCHLD SIGHUP SIGKILL SIGSTOP SIGUSR1 SIGUSR2 alarm chown fork getegid geteuid "
+    "getgid getloadavg getuid kill killpg mkfifo nice pause pread pthread_kill sched_getaffinity "
+    "sched_setaffinity setitimer statvfs sysconf tzset uname wait"
+).split())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "dreamllm_edu").rglob("*.py")), ids=lambda path: path.stem)

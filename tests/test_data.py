@@ -516,9 +516,9 @@ WORLD_REFS = ["noto/1f989", "twemoji/1f34e", "openmoji/1f989", "fluent/1f34e", "
 def wrong_pictures(world, expected):
     """How many pictures are not those of `expected`; an error counts, too."""
     wrong = 0
-    for ref, data in zip(WORLD_REFS, expected, strict=True):
+    for ref, pixels in zip(WORLD_REFS, expected, strict=True):
         try:
-            wrong += world.picture(ref).tobytes() != data
+            wrong += world.picture(ref).tobytes() != pixels
         except Exception:
             wrong += 1
     return wrong

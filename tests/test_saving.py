@@ -637,7 +637,9 @@ def dies_at(monkeypatch, number):
     """From the rename or removal number `number` on, the process can change nothing any more."""
     calls = []
     for name in ("rename", "replace", "unlink", "rmdir"):
-        def may_die(self, *args, real=getattr(Path, name), **kwargs):
+        real = getattr(Path, name)
+
+        def may_die(self, *args, real=real, **kwargs):
             calls.append(1)
             if len(calls) > number:
                 raise Killed
@@ -722,7 +724,8 @@ def test_a_folder_is_enough_to_save_in(processor):
         save_trained(make_tiny(1), out / "trained.safetensors")
         check_output(out, folder=True)
         check_output(out / "new" / "a.html")
-        for bad, folder in ((Path(home, "other"), True), (Path(home, "a.html"), False), (Path(home, "new/a.html"), False)):
+        for name, folder in (("other", True), ("a.html", False), ("new/a.html", False)):
+            bad = Path(home, name)
             with pytest.raises(OSError, match="cannot be written .*name another place"):
                 check_output(bad, folder=folder)
             with pytest.raises(OSError, match="could not save"):

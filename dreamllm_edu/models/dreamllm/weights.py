@@ -207,7 +207,7 @@ def from_pretrained(cls: DreamLLM, name: Path | str, *args, **kwargs) -> DreamLL
             else model
         )
     if finish_saving(name) and "config" in kwargs:
-        raise ValueError(f"{name}: saving had been interrupted when its config was read; it is whole now, load it again")
+        raise ValueError(f"{name}: saving was interrupted before its config was read; it is whole now, load it again")
     raw = kwargs["config"].to_dict() if "config" in kwargs else cls.config_class.get_config_dict(name, **kwargs)[0]
     if (
         raw.get("model_type") != cls.config_class.model_type
