@@ -53,5 +53,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_moved.check_command()
 _moved.install()
 _auto.install()

@@ -176,6 +176,36 @@ class Finder:
         return compile(f"import sys\nfrom {PACKAGE}.app.cli import main\nsys.exit(main())", f"<{name}>", "exec")
 
 
+RUNNABLE = ("", ".__main__", ".cli", ".app.cli", ".train")  # what `python -m` may run, behind the package's name
+COMMANDS = {  # beginning of another module's name -> the command that does its work
+    ".app.demo": " demo",
+    ".app.train": ".train",
+    ".demo": " demo",
+    ".evaluation": " evaluate",
+    ".generation": " generate",
+    ".models.dreamllm.generation": " generate",
+    ".planner": " plan",
+    ".planning": " plan",
+    ".pretraining": " pretrain",
+    ".training": ".train",
+}
+
+
+def check_command() -> None:
+    """End the process with a message if it was started as `python -m` of a module that is no command: Python would
+    run the module, do nothing, and report success."""
+    argv, words = getattr(sys, "argv", []), getattr(sys, "orig_argv", [])
+    if argv[:1] != ["-m"] or len(words) < len(argv):  # so it is only while Python looks for the module to run
+        return
+    name = words[-len(argv)]
+    name = name.partition("m")[2] if name.startswith("-") else name  # also `-mdreamllm_edu.planning`
+    inside = name.removeprefix(PACKAGE)
+    if inside == name or inside[:1] not in ("", ".") or inside in RUNNABLE:
+        return
+    command = next((command for start, command in COMMANDS.items() if inside.startswith(start)), "")
+    sys.exit(f"{name} is no command; the command is python -m {PACKAGE}{command}")
+
+
 def install() -> None:
     """Put the finder on `sys.meta_path`; a second call does nothing."""
     if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):

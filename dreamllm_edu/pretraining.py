@@ -525,7 +525,7 @@ def keep_record(path: Path, part: str, history: list[dict]) -> None:
 
     `history`: the rows of the training's log. Raises `ValueError` if the file is damaged."""
     try:
-        made = json.loads(path.read_text()) if path.exists() else {}
+        made = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); delete it, the parts beside it stay as they are") from error
     if part == "vae":

@@ -1,16 +1,19 @@
 """The command line, end to end. A tiny random model, saved with its processor, takes the shipped one's
 place wherever that is enough."""
 
+import ast
 import inspect
 import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from test_bad_input import parts_folder
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import dreamllm_edu.app.cli
 import dreamllm_edu.app.demo
@@ -30,7 +34,10 @@ from dreamllm_edu.app.cli import main, parser
 from dreamllm_edu.documents.document import Document
 from dreamllm_edu.documents.formats import document_from_markdown, read_jsonl, write_jsonl
 from dreamllm_edu.files import write_tensors
-from dreamllm_edu.models.dreamllm.weights import load_trained, mini, save_trained
+from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.pipeline import DreamLLMPipeline
+from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
+from dreamllm_edu.models.dreamllm.weights import is_shipped, load_trained, mini, save_trained
 from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS, encode_text
 from dreamllm_edu.training.checkpoint import last_checkpoint
 from dreamllm_edu.training.features import FeatureStore
@@ -762,3 +769,239 @@ def test_what_editors_add_to_a_file_is_no_text(start, end, tmp_path):
     (tmp_path / "p.md").write_bytes(f"{start}cat:\nAssistant:{end}".encode())
     (document,) = dreamllm_edu.app.cli.read_prompts(tmp_path / "p.md")
     assert document.parts == ["cat:\nAssistant:"]
+
+
+# ---------------------------------------------------------------- bytes in, bytes out
+
+def bytes_as_stdin(data, encoding="utf8"):
+    return io.TextIOWrapper(io.BytesIO(data), encoding)
+
+
+@pytest.mark.parametrize("terminal", ["utf8", "cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_prompt_is_read_alike_from_a_file_and_from_standard_input(encoding, terminal, tmp_path, monkeypatch):
+    data = "Bär:\r\n日本\r\n".encode(encoding)
+    (tmp_path / "p.md").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", bytes_as_stdin(data, terminal))
+    read = dreamllm_edu.app.cli.read_prompts
+    assert read("-")[0].parts == read(tmp_path / "p.md")[0].parts == ["Bär:\n日本"]
+    (tmp_path / "p.jsonl").write_bytes((Document(["Bär"]).to_json() + "\r\n").encode(encoding))
+    if encoding != "utf-32":
+        assert read(tmp_path / "p.jsonl")[0].parts == ["Bär"]
+
+
+@pytest.mark.parametrize("data", ["Bär".encode("cp1252"), "Bär".encode("utf-16-le"), b"\xff\xfeabc"])
+def test_what_is_no_text_is_refused_by_its_name(data, tmp_path, monkeypatch):
+    (tmp_path / "p.md").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", bytes_as_stdin(data, "cp1252"))
+    for source, name in (("-", "standard input"), (tmp_path / "p.md", "p.md")):
+        with pytest.raises(ValueError, match=f"{name}: not a text in UTF-8 .*save it as UTF-8"):
+            dreamllm_edu.app.cli.read_prompts(source)
+
+
+def test_closed_standard_input_is_an_error_and_a_terminal_has_its_own_encoding(monkeypatch, tmp_path):
+    closed = bytes_as_stdin(b"")
+    closed.close()
+    for stdin in (None, closed):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(ValueError, match="standard input is closed; give a file"):
+            dreamllm_edu.app.cli.read_prompts("-")
+    for typed, encoding, text in (("Bär".encode("cp1252"), "cp1252", "Bär"), (b"B\xe4r", "ascii", None)):
+        terminal = bytes_as_stdin(typed, encoding)
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdin", terminal)
+        if text:
+            assert dreamllm_edu.app.cli.read_prompts("-")[0].parts == [text]
+        else:
+            with pytest.raises(ValueError, match="standard input: not a text in ascii"):
+                dreamllm_edu.app.cli.read_prompts("-")
+    if os.name == "posix":
+        code = "import sys; from dreamllm_edu.app.cli import main; sys.exit(main(['generate', '-']))"
+        run = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "{code}" <&-'], cwd=tmp_path, capture_output=True,
+                             text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert run.returncode == 1 and "standard input is closed" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_full_standard_output_costs_no_document(tmp_path, model):
+    (tmp_path / "p.md").write_text("cat:<dream>dog:")
+    command = [sys.executable, "-m", "dreamllm_edu", "generate", "p.md", "--model", model, "--out", "d.md", *QUICK]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(list(map(str, command)), cwd=tmp_path, stdout=full, stderr=subprocess.PIPE,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0 and (tmp_path / "d.md").exists(), run.stderr
+
+
+# ---------------------------------------------------------------- known before the work
+
+@pytest.mark.parametrize("out", ["/proc/x{}", "file.txt/x{}", "folder{}", "a" * 251 + "{}"], ids=lambda out: out[:12])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "demo", "pretrain"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(command, out, tmp_path, monkeypatch,
+                                                                              capsys):
+    for place in ("dreamllm_edu.models.dreamllm.model.DreamLLM.from_pretrained",
+                  "dreamllm_edu.evaluation.judge.load_judge", "dreamllm_edu.app.demo.World",
+                  "dreamllm_edu.pretraining.pretrain"):
+        monkeypatch.setattr(place, lambda *a, **k: pytest.fail("the work began"))
+    monkeypatch.chdir(tmp_path)
+    out = out.format(".html" if command in ("generate", "evaluate") else "12345")
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "folder12345").write_text("mine")  # a file where a folder is needed
+    (tmp_path / "p.md").write_text("cat:<dream>")
+    first = {"generate": ["p.md"], "pretrain": ["vae"]}.get(command, [])
+    refused([command, *first, "--out", out], capsys, out[:10])
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.html", "file.txt", "folder12345", "p.md"}
+
+
+def test_a_name_of_255_bytes_is_written(tmp_path, model):
+    (tmp_path / "p.md").write_text("cat:<dream>")
+    out = tmp_path / ("a" * 250 + ".html")
+    assert main(["generate", str(tmp_path / "p.md"), "--model", str(model), "--out", str(out), *QUICK]) == 0
+    assert "<img" in out.read_text(encoding="utf8")
+
+
+# ---------------------------------------------------------------- one name, one model
+
+@pytest.fixture
+def own_mini(tmp_path, model, monkeypatch):
+    """The current folder holds a model of one's own that is called `mini`."""
+    shutil.copytree(model, tmp_path / "mini")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "mini"
+
+
+def test_a_model_of_ones_own_named_mini_is_never_passed_over_in_silence(own_mini, trained, processor):
+    own = lambda model: torch.equal(model.dream_queries.weight, trained.dream_queries.weight)
+    for cls in (DreamLLM, DreamLLMProcessor, DreamLLMPipeline):
+        with pytest.raises(ValueError, match="'mini' is the shipped model, but .*write './mini'"):
+            cls.from_pretrained("mini")
+        for name in ("./mini", Path("mini"), own_mini, "mini/"):
+            cls.from_pretrained(name)
+    assert own(DreamLLM.from_pretrained("./mini")) and own(DreamLLM.from_pretrained(Path("mini")))
+    assert own(DreamLLMPipeline.from_pretrained(Path("mini")).model)
+    assert own(AutoModel.from_pretrained("mini")), "the auto classes know no shipped model"
+    assert AutoConfig.from_pretrained("mini").num_queries == trained.config.num_queries
+    assert AutoProcessor.from_pretrained("./mini").num_queries == processor.num_queries
+    with pytest.raises(ValueError, match="./mini"):
+        AutoProcessor.from_pretrained("mini")
+
+
+def test_generate_takes_the_mini_that_is_named(own_mini, capsys):
+    (own_mini.parent / "p.md").write_text("cat:<dream>")
+    command = ["generate", "p.md", "--out", "o.md", *QUICK]
+    refused(command, capsys, "'mini' is the shipped model", "./mini")
+    assert main([*command, "--model", "./mini"]) == 0
+    own_mini.rename("other")
+    assert not (own_mini.parent / "mini").exists() and is_shipped("mini")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch], ids=["folder", "file"])
+def test_anything_else_named_mini_is_mentioned(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "mini")
+    with pytest.warns(UserWarning, match="write './mini' for the file or folder mini"):
+        assert is_shipped("mini")
+    with pytest.warns(UserWarning, match="'./mini'"):
+        assert DreamLLMProcessor.from_pretrained("mini").tokenizer.vocab_size == 4096
+    for name in (Path("mini"), "./mini", "Mini", "some/mini"):
+        assert not is_shipped(name)
+    for cls in (DreamLLM, DreamLLMProcessor):
+        with pytest.raises((ValueError, OSError)):
+            cls.from_pretrained(Path("mini"), local_files_only=True)
+
+
+def test_parts_may_lie_in_a_folder_named_shipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert parser().parse_args(["evaluate", "--parts"]).parts is True
+    refused(["evaluate", "--parts", "shipped", "--out", "m.json"], capsys, "shipped: no pretrained parts there")
+
+
+# ---------------------------------------------------------------- python -m, and other systems
+
+@pytest.mark.parametrize("module, command", [
+    ("", None), (".cli", None), (".app.cli", None), (".train", None), (".__main__", None),
+    (".planning", " plan"), (".planner", " plan"), (".app.demo", " demo"), (".demo", " demo"), (".app.train", ".train"),
+    (".app", ""), (".evaluation", " evaluate"), (".evaluation.suite", " evaluate"), (".pretraining", " pretrain"),
+    (".models.dreamllm.generation", " generate"), (".files", ""), (".data.world", ""), (".training.trainer", ".train"),
+])
+def test_python_m_is_the_command_line_or_names_it(module, command, tmp_path):
+    run = subprocess.run([sys.executable, "-m", f"dreamllm_edu{module}", "--nonsense"], cwd=tmp_path, text=True,
+                         capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "Traceback" not in run.stderr
+    if command is None:
+        assert run.returncode == 2 and "usage" in run.stderr.lower() or "nonsense" in run.stdout + run.stderr
+    else:
+        assert run.returncode == 1 and run.stderr.strip().endswith(f"the command is python -m dreamllm_edu{command}")
+
+
+WINDOWS = """
+import builtins, pkgutil, sys
+real = builtins.__import__
+def windows(name, globals=None, *rest, **named):
+    inside = str((globals or {}).get("__name__")).startswith("dreamllm_edu")
+    if inside and name in ("resource", "fcntl", "pwd", "grp", "termios", "posix", "pty", "tty", "syslog"):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return real(name, globals, *rest, **named)
+builtins.__import__ = windows
+import dreamllm_edu
+for module in pkgutil.walk_packages(dreamllm_edu.__path__, "dreamllm_edu."):
+    if not module.name.endswith("__main__"):
+        __import__(module.name)
+from dreamllm_edu.app.cli import main
+from dreamllm_edu.training.trainer import resident_memory_mb
+assert resident_memory_mb() == 0
+assert main(["plan", "--scale", "mini", "--gpus", "1"]) == 0
+assert main(["generate", "p.md", "--model", sys.argv[1], "--out", "o.md", "--num-inference-steps", "1"]) == 0
+assert main(["pretrain", "judge", "--steps", "1"]) == 0
+"""
+
+
+def test_modules_and_commands_work_without_what_only_unix_has(tmp_path, model):
+    (tmp_path / "p.md").write_text("cat:<dream>")
+    run = subprocess.run([sys.executable, "-c", WINDOWS, str(model)], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for path in (path for path in tmp_path.rglob("*") if path != tmp_path):
+        assert not re.search(r'[<>:"|?*\\]|[. ]$', path.name), f"Windows allows no file named {path.name}"
+
+
+def opens_text(node):
+    """Whether a call opens a file as text without saying its encoding."""
+    named = {keyword.arg: keyword.value for keyword in node.keywords}
+    method = isinstance(node.func, ast.Attribute)
+    name = node.func.attr if method else getattr(node.func, "id", "")
+    owner = node.func.value.id if method and isinstance(node.func.value, ast.Name) else ""
+    if "encoding" in named or owner in ("Image", "os", "fsspec", "tarfile", "zipfile", "archive"):
+        return False
+    if name == "read_text":
+        return method and not node.args
+    if name == "write_text":
+        return method and len(node.args) < 2
+    if name == "open" and (not method or node.args or named):
+        values = [a.value for a in [*node.args, *named.values()] if isinstance(a, ast.Constant)]
+        modes = [value for value in values if isinstance(value, str)]
+        return not any("b" in mode for mode in modes if set(mode) <= set("rwaxbt+"))
+    return name in ("fdopen", "NamedTemporaryFile", "TextIOWrapper")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dreamllm_edu").rglob("*.py")), ids=lambda path: path.stem)
+def test_text_files_are_opened_in_utf8_on_every_system(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))) if isinstance(node, ast.Call)]
+    assert [f"{path.name}:{node.lineno}" for node in calls if opens_text(node)] == []
+
+
+UNIX = set((
+    "O_DIRECTORY SIGALRM SIGCHLD SIGHUP SIGKILL SIGSTOP SIGUSR1 SIGUSR2 alarm chown fork getegid geteuid "
+    "getgid getloadavg getuid kill killpg mkfifo nice pause pread pthread_kill sched_getaffinity "
+    "sched_setaffinity setitimer statvfs sysconf tzset uname wait"
+).split())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dreamllm_edu").rglob("*.py")), ids=lambda path: path.stem)
+def test_what_only_unix_has_is_asked_for_first(path):
+    text = path.read_text(encoding="utf8")
+    used = {node.attr for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            and node.value.id in ("os", "signal", "time") and node.attr in UNIX}
+    assert [name for name in used if f'"{name}")' not in text] == [], "not on Windows; guard it with hasattr"
+    assert "/tmp" not in re.sub(r"#.*", "", text), "use tempfile"

@@ -1,16 +1,19 @@
 """Corpora in their published forms: what is read, what is refused, and that nothing shifts, is lost or is read
 twice."""
 
+import copy
 import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import pickle
 import random
 import tarfile
 import tracemalloc
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -864,3 +867,42 @@ def test_memory_stays_flat(tmp_path):
     assert of_lane(30_000) < of_lane(1_000) + 50_000
     assert of_list(12_000) < of_list(4_000) + 300_000  # both are longer than the pieces in which they are read
     assert of_tar(1_000) < of_tar(100) + 100_000
+
+
+# ---- lanes in other processes and threads
+
+
+def contents(lane, n):
+    records = itertools.islice(lane, n)
+    return [(record.name, [getattr(part, "source", part) for part in record.parts]) for record in records]
+
+
+def put_contents(lane, n, queue):
+    queue.put(contents(lane, n))
+
+
+@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
+def test_a_lane_that_has_begun_goes_on_in_workers(method, tmp_path):
+    """After a fork the processes would share one position in the open file."""
+    corpus, context = c.laion("t", tars(tmp_path, 2, 40)), multiprocessing.get_context(method)
+    expected = contents(Lane([corpus], 0, 1), 70)
+    lane, queue = Lane([corpus], 0, 1), context.Queue()
+    contents(lane, 7)
+    workers = [context.Process(target=put_contents, args=(lane, 63, queue)) for _ in range(2)]
+    [worker.start() for worker in workers]
+    assert contents(lane, 63) == expected[7:]
+    assert [queue.get(timeout=120) for _ in workers] == [expected[7:]] * 2
+    [worker.join(60) for worker in workers]
+
+
+def test_a_lane_is_copied_pickled_and_shared_by_threads(tmp_path):
+    corpus = c.laion("t", tars(tmp_path, 2, 40))
+    expected = contents(Lane([corpus], 0, 1), 60)
+    lane = Lane([corpus], 0, 1)
+    contents(lane, 5)
+    twins = [copy.deepcopy(lane), pickle.loads(pickle.dumps(lane))]
+    assert [contents(twin, 20) for twin in twins] == [expected[5:25]] * 2
+    assert contents(lane, 20) == expected[5:25], "a copy leaves the lane where it was"
+    with ThreadPoolExecutor(4) as pool:
+        drawn = [record for found in pool.map(lambda _: contents(lane, 8), range(4)) for record in found]
+    assert sorted(map(repr, drawn)) == sorted(map(repr, expected[25:57]))

@@ -1,14 +1,19 @@
 """The emoji world: what is held out stays out, and what the data says is true of the pixels."""
 import ast
+import copy
 import hashlib
 import io
 import json
+import multiprocessing
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,6 +27,7 @@ from dreamllm_edu.data.world import (
     SCENE_NAMES,
     STYLES,
     Scene,
+    World,
     definition_split,
     make_splits,
     read_definitions,
@@ -500,3 +506,46 @@ def test_documents_and_data_load_fast(module):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert run.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- processes and threads
+
+WORLD_REFS = ["noto/1f989", "twemoji/1f34e", "openmoji/1f989", "fluent/1f34e", "scene:cat|dog|left|noto|0"] * 20
+
+
+def wrong_pictures(world, expected):
+    """How many pictures are not those of `expected`; an error counts, too."""
+    wrong = 0
+    for ref, pixels in zip(WORLD_REFS, expected, strict=True):
+        try:
+            wrong += world.picture(ref).tobytes() != pixels
+        except Exception:
+            wrong += 1
+    return wrong
+
+
+@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
+def test_workers_read_a_world_that_was_used_before_they_began(method):
+    world = World()
+    expected = [world.picture(ref).tobytes() for ref in WORLD_REFS]
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context(method)) as pool:
+        jobs = [pool.submit(wrong_pictures, world, expected) for _ in range(3)]
+        assert wrong_pictures(world, expected) == 0 and [job.result(120) for job in jobs] == [0, 0, 0]
+
+
+def test_a_world_is_copied_pickled_and_shared_by_threads(tmp_path, monkeypatch):
+    world = World()
+    expected = [world.picture(ref).tobytes() for ref in WORLD_REFS]
+    for other in (copy.deepcopy(world), pickle.loads(pickle.dumps(world))):
+        assert wrong_pictures(other, expected) == 0 and other.held_concepts == world.held_concepts
+    assert len(pickle.dumps(world)) < 2**20, "the pictures need not travel"
+    with ThreadPoolExecutor(4) as pool:
+        fresh = World()
+        assert sum(pool.map(lambda _: wrong_pictures(fresh, expected), range(4))) == 0
+    shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("*.xz"))
+    monkeypatch.chdir(tmp_path)
+    moved = World("data")
+    monkeypatch.chdir("/")
+    assert wrong_pictures(moved, expected) == 0, "its folder is the one where it was made"
+    with pytest.raises(KeyError):
+        world.png("no such key", "noto")

@@ -1,10 +1,19 @@
 """The chat template: a conversation in transformers' format becomes the document that the model was trained on."""
+import copy
+import pickle
+import random
+import sys
+import threading
+
 import pytest
 import torch
+from tokenizers import normalizers
+from transformers import ByT5Tokenizer
 
 from dreamllm_edu.data.tasks import dialogues, edits, to_document
 from dreamllm_edu.documents.document import Document, Dream
-from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS
+from dreamllm_edu.models.dreamllm.layout import SlotLayout
+from dreamllm_edu.parts.tokenizer import SPECIAL_TOKENS, encode_text
 
 from conftest import CONTEXT, picture
 
@@ -198,3 +207,71 @@ def test_the_template_does_not_change_the_conversation(processor):
     conversation = [user([{"type": "text", "text": "hi"}]), assistant("ho")]
     processor.apply_chat_template(conversation)
     assert conversation == [user([{"type": "text", "text": "hi"}]), assistant("ho")]
+
+
+# ---------------------------------------------------------------- a tokenizer that others use, too
+
+def as_one_thread(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def random_text(rng):
+    return "".join(rng.choice([*SPECIAL_TOKENS, " ", "a cat", "zörk", "\n", "日本", "<dream_", "start>", "</s", ">"])
+                   for _ in range(rng.randrange(9)))
+
+
+def test_a_typed_marker_stays_text_while_other_threads_use_the_tokenizer(tokenizer):
+    """They store another setting, or a truncation, in the tokenizer that all share."""
+    tokenizer, done, wrong, rng = copy.deepcopy(tokenizer), threading.Event(), [], random.Random(0)
+    texts = [random_text(rng) for _ in range(400)]
+    expected = [as_one_thread(tokenizer, text) for text in texts]
+
+    def others():
+        while not done.is_set():
+            tokenizer("<s> hello", truncation=True, max_length=2)
+            tokenizer("<s> hello")
+
+    def ours():
+        for text, ids in zip(texts, expected):
+            if encode_text(tokenizer, text) != ids or min(ids, default=9) < 9:
+                wrong.append(text)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=others)] + [threading.Thread(target=ours) for _ in range(3)]
+        [thread.start() for thread in threads]
+        [thread.join(60) for thread in threads[1:]]
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        threads[0].join(60)
+    assert not wrong
+
+
+def test_text_is_encoded_as_the_library_does_however_the_tokenizer_grows(tokenizer):
+    tokenizer, rng = copy.deepcopy(tokenizer), random.Random(1)
+    changes = [
+        lambda t: None,
+        lambda t: t.add_tokens(["zörk"]),
+        lambda t: t.add_tokens(["cat"]),
+        lambda t: t.add_special_tokens({"extra_special_tokens": ["<x>", "zörk"]}),
+        lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+    ]
+    for change in changes:
+        change(tokenizer)
+        for one in (tokenizer, copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+            for text in ["zörk", "<x> CAT", *(random_text(rng) for _ in range(50))]:
+                assert encode_text(one, text) == as_one_thread(one, text), text
+    assert not {len(tokenizer) - 1, len(tokenizer) - 2} & set(encode_text(tokenizer, "<x>"))
+    slow = ByT5Tokenizer()
+    assert encode_text(slow, "</s> a") == as_one_thread(slow, "</s> a") and 1 not in encode_text(slow, "</s> a")
+
+
+def test_a_marker_that_is_read_in_plain_text_is_refused(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<query>"])
+    with pytest.raises(ValueError, match="no special tokens .* add_special_tokens"):
+        SlotLayout(tokenizer, 2, 3, 64, {"<dream_query>": "<query>"})
+    tokenizer.add_tokens(["<query>"], special_tokens=True)
+    SlotLayout(tokenizer, 2, 3, 64, {"<dream_query>": "<query>"})

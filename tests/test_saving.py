@@ -1,14 +1,20 @@
 """What is saved is whole, belongs together and comes back; a run that is stopped anywhere goes on as if nothing had
 happened."""
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -24,10 +30,11 @@ from dreamllm_edu.app.cli import main
 from dreamllm_edu.documents.document import Document, Dream
 from dreamllm_edu.documents.formats import document_from_markdown
 from dreamllm_edu.evaluation.judge import load_judge
-from dreamllm_edu.files import WEIGHTS, write_folder
+from dreamllm_edu.files import WEIGHTS, check_output, write_folder, write_or_rescue, write_text
 from dreamllm_edu.models.dreamllm.model import DreamLLM
+from dreamllm_edu.models.dreamllm.pipeline import DreamLLMPipeline
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
-from dreamllm_edu.models.dreamllm.weights import check_frozen_parts, load_trained, save_trained
+from dreamllm_edu.models.dreamllm.weights import WEIGHT_FILES, check_frozen_parts, load_trained, save_trained
 from dreamllm_edu.parts.loading import load_part, quiet, weights_checksum
 from dreamllm_edu.parts.tokenizer import read_tokenizer
 from dreamllm_edu.pretraining import keep_record, plain_vae
@@ -37,7 +44,7 @@ from dreamllm_edu.training.recipe import corpora_of, recipe_of
 from dreamllm_edu.training.report import read_log
 from dreamllm_edu.training.stage import Settings
 from dreamllm_edu.training.strategies import Strategy
-from dreamllm_edu.training.trainer import Stopper, Trainer, train_part
+from dreamllm_edu.training.trainer import Stopper, Trainer, resident_memory_mb, train_part
 
 from conftest import full_disk, make_tiny, picture
 
@@ -618,3 +625,195 @@ def test_weights_are_as_readable_as_any_other_file(mask, mode, tmp_path):
         os.umask(before)
     made = [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.json")]
     assert len(made) >= 3 and {oct(path.stat().st_mode & 0o777) for path in made} == {oct(mode)}
+
+
+# ---------------------------------------------------------------- where, and when it is cut short
+
+class Killed(BaseException):
+    """Stands for `kill -9`: what is done after it does not count."""
+
+
+def dies_at(monkeypatch, number):
+    """From the rename or removal number `number` on, the process can change nothing any more."""
+    calls = []
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        real = getattr(Path, name)
+
+        def may_die(self, *args, real=real, **kwargs):
+            calls.append(1)
+            if len(calls) > number:
+                raise Killed
+            return real(self, *args, **kwargs)
+        monkeypatch.setattr(Path, name, may_die)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("sizes", [(None, "200KB"), ("200KB", None)], ids=["one file, then shards", "shards, then one"])
+def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_model(sizes, tmp_path):
+    options = [{"max_shard_size": size} if size else {} for size in sizes]
+    states, outcomes = [make_tiny(seed).state_dict() for seed in (0, 1)], []
+    for number in range(40):
+        folder = tmp_path / str(number)
+        make_tiny(0).save_pretrained(folder, **options[0])
+        with pytest.MonkeyPatch.context() as patch:
+            dies_at(patch, number)
+            try:
+                make_tiny(1).save_pretrained(folder, **options[1])
+                alive = True
+            except Killed:
+                alive = False
+        loaded = DreamLLM.from_pretrained(folder).state_dict()
+        same = [all(torch.equal(a, b) for a, b in zip(loaded.values(), state.values())) for state in states]
+        assert sum(same) == 1, f"killed at step {number}: a mixture"
+        outcomes.append(same.index(True))
+        if alive:
+            break
+    assert alive and outcomes == sorted(outcomes) and set(outcomes) == {0, 1}
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_model_and_processor_of_a_pipeline_are_saved_both_or_none(tmp_path, processor, monkeypatch):
+    pipe = DreamLLMPipeline(make_tiny(0), processor)
+    pipe.save_pretrained(tmp_path / "p")
+    before = files_of(tmp_path / "p")
+    monkeypatch.setattr(DreamLLMProcessor, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="untouched"):
+        DreamLLMPipeline(make_tiny(1), processor).save_pretrained(tmp_path / "p")
+    with pytest.raises(OSError, match="untouched"):
+        DreamLLMPipeline(make_tiny(1), processor).save_pretrained(tmp_path / "new" / "p")
+    assert files_of(tmp_path / "p") == before and [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_an_interrupted_save_is_finished_by_whatever_loads_it(tmp_path, processor, monkeypatch):
+    for name, save in (("model", make_tiny(1).save_pretrained), ("processor", processor.save_pretrained),
+                       ("part", lambda folder: write_folder(folder, make_tiny(1).vae.save_pretrained))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dreamllm_edu.files.move_files", lambda *args: (_ for _ in ()).throw(Killed))
+            with pytest.raises(Killed):
+                save(tmp_path / name)
+        assert not list((tmp_path / name).glob("[!.]*"))
+    assert DreamLLM.from_pretrained(tmp_path / "model").num_parameters() == make_tiny().num_parameters()
+    assert DreamLLMProcessor.from_pretrained(tmp_path / "processor").max_length == processor.max_length
+    load_part(AutoencoderKL, tmp_path / "part")
+    assert all((tmp_path / name / "config.json").exists() for name in ("model", "part"))
+
+
+def test_a_rank_that_writes_nothing_removes_nothing(tmp_path):
+    make_tiny(0).save_pretrained(tmp_path)
+    before = files_of(tmp_path)
+    make_tiny(1).save_pretrained(tmp_path, is_main_process=False)
+    write_folder(tmp_path, lambda aside: (aside / "adapter_model.safetensors").write_bytes(b""), WEIGHT_FILES)
+    assert files_of(tmp_path).keys() == before.keys() | {"adapter_model.safetensors"}
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="plays another user")
+def test_a_folder_is_enough_to_save_in(processor):
+    """As in a Docker volume: the user may write into the folder, but not beside it."""
+    home = tempfile.mkdtemp()
+    os.chmod(home, 0o755)
+    out = Path(home, "volume")
+    out.mkdir()
+    make_tiny().save_pretrained(out)  # imports all that saving needs
+    (out / "notes.txt").write_text("mine")
+    for path in (out, *out.iterdir()):
+        os.chown(path, 65534, 65534)
+    try:
+        os.seteuid(65534)
+        make_tiny(1).save_pretrained(out)
+        processor.save_pretrained(out)
+        save_trained(make_tiny(1), out / "trained.safetensors")
+        check_output(out, folder=True)
+        check_output(out / "new" / "a.html")
+        for name, folder in (("other", True), ("a.html", False), ("new/a.html", False)):
+            bad = Path(home, name)
+            with pytest.raises(OSError, match="cannot be written .*name another place"):
+                check_output(bad, folder=folder)
+            with pytest.raises(OSError, match="could not save"):
+                write_folder(bad, lambda aside: None) if folder else write_text(bad, "a")
+    finally:
+        os.seteuid(0)
+    assert torch.equal(DreamLLM.from_pretrained(out).dream_queries.weight, make_tiny(1).dream_queries.weight)
+    assert (out / "notes.txt").read_text() == "mine" and [path.name for path in Path(home).iterdir()] == ["volume"]
+    shutil.rmtree(home)
+
+
+def test_a_folder_on_another_file_system_and_behind_a_link(tmp_path, monkeypatch):
+    elsewhere = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    try:
+        (tmp_path / "link").symlink_to(elsewhere)
+        make_tiny(1).save_pretrained(tmp_path / "link")
+        write_text(tmp_path / "link" / "a.txt", "a")
+        (tmp_path / "a.txt").symlink_to(elsewhere / "a.txt")
+        write_text(tmp_path / "a.txt", "b")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "a.txt").is_symlink()
+        assert (elsewhere / "config.json").exists() and (elsewhere / "a.txt").read_text() == "b"
+    finally:
+        shutil.rmtree(elsewhere)
+    real, calls = Path.replace, []
+
+    def other_file_system(self, target):  # a folder inside that is mounted by itself
+        calls.append(target)
+        if len(calls) == 1:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", other_file_system)
+    write_folder(tmp_path / "out", lambda aside: (aside / "a").write_text("whole"))
+    assert files_of(tmp_path / "out") == {"a": b"whole"} and len(calls) == 2
+
+
+BAD_OUTPUTS = {
+    "/proc/a.html": "cannot be written",
+    "/dev/null": "is a device",
+    "file.txt/a.html": "cannot be written",
+    "folder": "is a folder; name a file",
+    "a" * 256: "cannot be written",
+    "new/" + "a" * 256: "cannot be written",
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUTPUTS, ids=lambda name: name[:20])
+def test_an_output_that_cannot_be_written_is_known_before(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises((ValueError, OSError), match=BAD_OUTPUTS[name]):
+        check_output(tmp_path / name)
+    with pytest.raises(OSError, match="could not save"):
+        write_text(tmp_path / name, "a")
+    assert {path.name for path in tmp_path.iterdir()} <= {"folder", "file.txt", "new"}
+    assert (tmp_path / "file.txt").read_text() == "mine" and not Path("/dev/null").is_file()
+
+
+def test_what_can_be_written_passes_and_leaves_nothing(tmp_path):
+    for name in ("a" * 255, "deep/er/a.html", "file.txt", "file.txt"):
+        check_output(tmp_path / name)
+        assert name == "file.txt" or not list(tmp_path.iterdir())
+        if name == "file.txt":
+            write_text(tmp_path / name, "mine")
+    check_output(tmp_path / "new" / "folder", folder=True)
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        check_output(tmp_path / "file.txt", folder=True)
+    write_text(tmp_path / ("ä" * 127 + "b"), "a name of 255 bytes")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine", "a name of 255 bytes"}
+
+
+def test_a_result_that_finds_no_room_lies_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = tmp_path / "file.txt" / "a.md"
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(OSError, match="the result lies in (.*)") as error:
+        write_or_rescue(target, lambda path: write_text(path, "long work"))
+    assert Path(str(error.value).rpartition(" ")[2]).read_text() == "long work"
+    with full_disk(2), pytest.raises(OSError, match="could not save .*a.md"):
+        write_or_rescue(target, lambda path: write_text(path, "long work"))
+    assert len(list(tmp_path.glob("dreamllm-edu-*"))) == 1
+
+
+def test_memory_is_counted_in_the_unit_of_the_system(monkeypatch):
+    for system, unit in (("linux", 2**10), ("darwin", 2**20)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dreamllm_edu.training.trainer.sys, "platform", system)
+            patch.setattr(resource, "getrusage", lambda who, unit=unit: SimpleNamespace(ru_maxrss=300 * unit))
+            assert resident_memory_mb() == 300
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert resident_memory_mb() == 0, "Windows has no such module"

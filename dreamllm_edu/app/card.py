@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .page import flat, metric_text
-from ..files import HERE, write_text
+from ..files import HERE, write_folder, write_text
+from ..models.dreamllm.weights import WEIGHT_FILES
 
 # %% ../../nbs/13_demo.ipynb #eabfb6e6
 RESULTS = {  # key in the metrics: task, metric
@@ -58,7 +59,9 @@ def model_card(metrics: Mapping[str, Any], name: str = "DreamLLM miniature") -> 
 def save_for_hub(folder: Path | str, model: PreTrainedModel, processor: ProcessorMixin,
                  metrics: Mapping[str, Any]) -> None:
     """Write weights, processor and card into `folder`, ready for `hf upload` or `push_to_hub`."""
-    folder = Path(folder)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_text(folder / "README.md", model_card(metrics))
+    def save(aside: Path) -> None:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        write_text(aside / "README.md", model_card(metrics))
+
+    write_folder(folder, save, WEIGHT_FILES)

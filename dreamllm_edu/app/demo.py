@@ -30,7 +30,7 @@ from ..evaluation.judge import Judge, load_judge
 from ..evaluation.metrics import draw, real_pictures, sample_prompts, sample_rows, score_layout
 from ..evaluation.suite import (
     edit, full_measure, measure_comprehension, measure_creation)
-from ..files import WEIGHTS, write_text
+from ..files import WEIGHTS, check_output, write_or_rescue, write_text
 from ..models.dreamllm.family import DreamLLMFamily
 from ..models.dreamllm.model import DreamLLM
 from ..models.dreamllm.processor import DreamLLMProcessor
@@ -164,7 +164,8 @@ def demo(out: Path | str = "_demo", n: int = 150, progress: bool = True) -> dict
 
     Returns the metrics."""
     out, began, seconds = Path(out), time.time(), {}
-    out.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "index.html"):
+        check_output(out / name)
     world, processor, judge = World(), mini_processor(), load_judge(WEIGHTS / "mini" / "judge")
 
     def timed(name: str, job: Callable[[], Any]) -> Any:
@@ -184,7 +185,7 @@ def demo(out: Path | str = "_demo", n: int = 150, progress: bool = True) -> dict
     seconds.update({f"measuring.{name}": value for name, value in parts.items()}, total=round(time.time() - began, 1))
     short = {"untrained": quick["untrained"], "trained": quick["trained"], "steps": list(DEMO_STEPS)}
     metrics = {"seconds": seconds, "peak_rss_mb": round(resident_memory_mb()), **metrics, "quick": short}
-    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
-    write_text(out / "index.html", page(metrics, quick, shown))
+    texts = {"metrics.json": json.dumps(metrics, indent=1), "index.html": page(metrics, quick, shown)}
+    write_or_rescue(out, lambda folder: [write_text(folder / name, text) for name, text in texts.items()])
     print(f"the page: {(out / 'index.html').resolve()}\nthe numbers: {(out / 'metrics.json').resolve()}")
     return metrics

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from fastcore.basics import patch
@@ -65,7 +66,8 @@ def check_item(item: Record | Broken) -> None:
 # %% ../../nbs/17_corpora.ipynb #b7b88b89
 class Lane:
     """An endless iterator over the `Record`s of lane `lane` of `lanes`, from a weighted mixture
-    of corpora. Make it in the process that reads it.
+    of corpora. A copy, in the same process or in another one, goes on at the same place with files
+    of its own. Threads may share a lane.
 
     What it yields depends only on `corpora`, `lane`, `lanes` and `seed`. Broken records are
     passed over and counted in `skipped`; their messages go to `report`, a function or a list.
@@ -80,13 +82,26 @@ class Lane:
         if not 0 <= lane < lanes:
             raise ValueError(f"lane {lane}: there are lanes 0 to {lanes - 1}")
         report = report.append if isinstance(report, list) else report
-        self._report = report or (lambda message: None)
+        self._report = report
         self.drawn = self.skipped = 0
         self.places = {corpus.name: {"epoch": 0, "shard": 0, "record": 0, "good": 0,
                                      "shards": fingerprint(corpus)} for corpus in self.corpora}
         if state is not None:
             self._restore(state)
-        self._streams = {}
+        self._open_anew()
+
+    def _open_anew(self) -> None:
+        """Forget the open files; the next record is read from `places` on."""
+        self._streams, self._lock, self._process = {}, threading.RLock(), os.getpid()
+
+    def __getstate__(self) -> dict:
+        with self._lock:
+            kept = {k: v for k, v in vars(self).items() if k not in ("_streams", "_lock", "_process")}
+            return {**kept, "places": {name: dict(place) for name, place in self.places.items()}}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._open_anew()
 
     def __iter__(self) -> Iterator[Record]:
         return self
@@ -96,16 +111,20 @@ class Lane:
 
     def draw(self, corpus: Corpus | None = None) -> Record:
         """The next record of `corpus`, or of the one that is drawn by weight."""
-        corpus = corpus or self._choose()
-        if corpus.name not in self._streams:
-            self._streams[corpus.name] = self._stream(corpus, self.places[corpus.name])
-        record = next(self._streams[corpus.name])
-        self.drawn += 1
-        return record
+        if self._process != os.getpid():  # after a fork, both processes would move one file's position
+            self._open_anew()
+        with self._lock:
+            corpus = corpus or self._choose()
+            if corpus.name not in self._streams:
+                self._streams[corpus.name] = self._stream(corpus, self.places[corpus.name])
+            record = next(self._streams[corpus.name])
+            self.drawn += 1
+            return record
 
     def _skip(self, error: Exception) -> None:
         self.skipped += 1
-        self._report(str(error))
+        if self._report:
+            self._report(str(error))
 
 # %% ../../nbs/17_corpora.ipynb #bbe522cd
 @patch

@@ -136,25 +136,32 @@ class World:
     reads the 160 smileys, faces that are nearly identical. Attributes: `concepts` (rows of
     `read_concepts`), `by_key` and `by_name` (key or name -> row), `held_concepts` (set of keys),
     `held_renderings` (set of (key, style)), `held_couples` (set of pairs of names in
-    alphabetical order)."""
+    alphabetical order).
+
+    No file stays open: processes that are forked and threads can share a world."""
     def __init__(self, folder: Path | str | None = None,
                  groups: tuple[str, ...] | None = GROUPS) -> None:
-        self.folder = Path(folder or data_folder())
+        self.folder = Path(folder or data_folder()).absolute()
         rows = read_concepts(self.folder)
         self.concepts = [row for row in rows if groups is None or row["group"] in groups]
         self.by_key = {row["key"]: row for row in self.concepts}
         self.by_name = {row["name"]: row for row in self.concepts}
-        self._zips = {}
-        self.splits = json.loads((self.folder / "splits.json").read_text())
+        self._drawings = {}  # style -> name in the zip -> bytes of its PNG file
+        self.splits = json.loads((self.folder / "splits.json").read_text(encoding="utf8"))
         self.held_concepts = set(self.splits["concepts"])
         self.held_renderings = {tuple(pair) for pair in self.splits["renderings"]}
         self.held_couples = {tuple(couple) for couple in self.splits["scene_couples"]}
 
     def png(self, key: str, style: str) -> bytes:
-        """The bytes of the stored PNG file of a concept in a style."""
-        if style not in self._zips:
-            self._zips[style] = zipfile.ZipFile(self.folder / "pictures" / f"{style}.zip")
-        return self._zips[style].read(f"{key}.png")
+        """The bytes of the stored PNG file of a concept in a style. The first call reads all files
+        of the style. `KeyError` if it has no such drawing."""
+        if style not in self._drawings:
+            with zipfile.ZipFile(self.folder / "pictures" / f"{style}.zip") as archive:
+                self._drawings[style] = {name: archive.read(name) for name in archive.namelist()}
+        return self._drawings[style][f"{key}.png"]
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_drawings": {}}  # another process can read them again
 
     def picture(self, ref: str) -> Image.Image:
         """RGB picture, 64 x 64 pixels, by reference: `STYLE/KEY`, or the `ref` of a `Scene`."""

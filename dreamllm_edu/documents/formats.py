@@ -7,6 +7,7 @@ __all__ = ['MARKDOWN_TOKEN', 'document_from_json', 'part_from_json', 'write_json
            'save_picture', 'picture_source', 'document_from_markdown']
 
 # %% ../../nbs/A3_formats.ipynb #27a8b6e7
+import codecs
 import html
 import io
 import itertools
@@ -22,7 +23,7 @@ from PIL import Image
 
 from .document import Document, Dream
 from .pictures import picture_from_uri, picture_to_uri
-from ..files import atomic_write, write_bytes
+from ..files import atomic_write, decode_text, write_bytes
 
 # %% ../../nbs/A3_formats.ipynb #b0b7b215
 @patch
@@ -78,7 +79,7 @@ def part_from_json(part: object, name: str,
 def write_jsonl(documents: Iterable[Document], path: Path | str) -> None:
     """Write one document a line, atomically: if the disk is full, `OSError`, and the old file is
     unchanged."""
-    with atomic_write(path) as aside, aside.open("w", encoding="utf8") as file:
+    with atomic_write(path) as aside, aside.open("w", encoding="utf8", newline="\n") as file:
         for document in documents:
             file.write(document.to_json() + "\n")
 
@@ -88,7 +89,10 @@ def read_jsonl(path: Path | str, strict: bool = True,
     """The documents of a JSONL file. A bad line is a `ValueError` with file and line; with
     `strict=False` the line is skipped and its message appended to the list `report`."""
     path, documents = Path(path), []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # its lines end in two bytes
+        data = decode_text(data, path).encode("utf8")
+    for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
         try:

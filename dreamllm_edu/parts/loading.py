@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from safetensors import SafetensorError
 
-from ..files import WEIGHTS
+from ..files import WEIGHTS, finish_saving
 
 # %% ../../nbs/A4_loading.ipynb #ca6d6432
 @contextmanager
@@ -46,6 +46,7 @@ def load_part(cls: type, name: Path | str, **options) -> torch.nn.Module:
     """A pretrained part of class `cls` from a folder or hub name. A missing, damaged or misshapen
     tensor, which the libraries draw at random with a warning, is a `ValueError` here."""
     where = Path(str(name), options.get("subfolder", ""))
+    finish_saving(where)
     try:
         part, info = cls.from_pretrained(name, output_loading_info=True, **options)
     except SafetensorError as error:
@@ -92,6 +93,8 @@ def parts_folder(parts: Path | str | None = None, needed: tuple[str, ...] = tupl
     """The folder of pretrained parts, the shipped one by default; `ValueError` if a part that is
     needed is missing."""
     folder = Path(parts or WEIGHTS / "mini")
+    for part in needed:
+        finish_saving(folder / part)
     missing = [part for part in needed if not (folder / part / MARKS[part]).is_file()]
     if missing and not any((folder / part).is_dir() for part in MARKS):
         raise ValueError(

@@ -81,7 +81,7 @@ def save_checkpoint(
     files = {name: entry for part in all_gather(mine) for name, entry in part.items()}
     if all_reduce(float(problem is not None)) == 0 and rank == 0:
         try:
-            (aside / "manifest.json").write_text(json.dumps({"files": files, "state": state}))
+            (aside / "manifest.json").write_text(json.dumps({"files": files, "state": state}), encoding="utf8")
             shutil.rmtree(final, ignore_errors=True)
             aside.replace(final)
             older = [path for path in sorted(folder.glob("step-*")) if path.name <= final.name]
@@ -101,7 +101,7 @@ def save_checkpoint(
 def whole_checkpoint(folder: Path) -> dict:
     """The manifest of a checkpoint, or a `ValueError` that says what is wrong with it."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
         for name, (size, crc) in manifest["files"].items():
             if (folder / name).stat().st_size != size or checksum(folder / name) != crc:
                 raise ValueError(f"{folder / name} is cut off or changed")

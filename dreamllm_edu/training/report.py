@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def read_log(path: Path | str) -> list[dict]:
     """The rows of a log; a last line that a crash cut off is left out."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_text(encoding="utf8").splitlines() if Path(path).exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -50,7 +50,7 @@ class Log:
         """Add the row of a step."""
         self.rows.append(row)
         if self.on_disk:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf8", newline="\n") as file:
                 file.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/19_full_scale.ipynb #535f8d8a

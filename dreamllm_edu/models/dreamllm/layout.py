@@ -26,8 +26,9 @@ class SlotLayout:
       <image_end>` (ignored).
 
     `num_queries`: Q; `num_patches`: N; `max_length`: the largest T; `token_names`: our name of a
-    special token -> the tokenizer's, where they differ. `ValueError` if `max_length` is below 2 or
-    the tokenizer lacks a special token. `id`: our name of a special token -> its id."""
+    special token -> the tokenizer's, where they differ. `ValueError` if `max_length` is below 2, if
+    the tokenizer lacks a special token, or if it reads one in plain text. `id`: our name of a
+    special token -> its id."""
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_queries: int, num_patches: int,
                  max_length: int, token_names: dict[str, str] | None = None):
         if max_length < 2:
@@ -41,6 +42,11 @@ class SlotLayout:
         if missing:
             raise ValueError(f"the tokenizer lacks the special tokens {missing}; add them with "
                              "add_special_tokens and resize the model's embeddings")
+        added = tokenizer.added_tokens_decoder
+        plain = [t for t, i in self.id.items() if i in added and not added[i].special]
+        if plain:
+            raise ValueError(f"{plain} are no special tokens of the tokenizer, so the same words in "
+                             "a text would become them; add them with add_special_tokens")
 
     @property
     def pad_token_id(self) -> int:

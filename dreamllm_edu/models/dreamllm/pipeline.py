@@ -15,8 +15,10 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from ...documents.document import Document, Dream
+from ...files import write_folder
 from .model import DreamLLM
 from .processor import DreamLLMProcessor
+from .weights import WEIGHT_FILES, is_shipped
 
 # %% ../../../nbs/09_generation.ipynb #7e4777f9
 @dataclass
@@ -39,13 +41,18 @@ class DreamLLMPipeline:
         `DreamLLM.from_pretrained`, such as `dtype`. `ValueError` for damaged or foreign weights."""
         model = DreamLLM.from_pretrained(name, **options)
         shared = {key: options[key] for key in ("parts", "local_files_only", "revision", "token") if key in options}
-        sizes = {"num_queries": model.config.num_queries} if str(name) == "mini" else {}
+        sizes = {"num_queries": model.config.num_queries} if is_shipped(name) else {}
         return cls(model, DreamLLMProcessor.from_pretrained(name, **shared, **sizes))
 
     def save_pretrained(self, folder: Path | str, **options) -> None:
         """Write model and processor into one folder, from which the auto classes load them, too."""
-        self.model.save_pretrained(folder, **options)
-        self.processor.save_pretrained(folder)
+        if options.get("push_to_hub"):
+            options.setdefault("repo_id", Path(folder).name)
+
+        def save(aside):
+            self.model.save_pretrained(aside, **options)
+            self.processor.save_pretrained(aside)
+        write_folder(folder, save, WEIGHT_FILES)  # both or none
 
     @property
     def components(self) -> dict[str, Any]:

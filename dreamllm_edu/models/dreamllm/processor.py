@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 
 from ...documents.document import Document, Dream
 from ...documents.pictures import cut_strip, picture_tensor
-from ...files import write_folder
+from ...files import finish_saving, write_folder
 from .layout import SlotLayout
 from ...sequences import collate
 
@@ -47,6 +47,7 @@ class DreamLLMProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, name: str | Path, *args, **kwargs) -> "DreamLLMProcessor":
         """As the library does; `ValueError` for damaged files."""
+        finish_saving(name)
         try:
             return super().from_pretrained(name, *args, **kwargs)
         except OSError:  # missing: the library says what
