@@ -43,7 +43,7 @@ def plain_number(name: str, value: object, kind: type) -> object:
             number = float(value)
             if kind is float or number == int(number):
                 return kind(number)
-        elif kind not in (int, float, bool, str) or isinstance(value, kind):
+        elif kind not in (int, float, bool, str) or type(value) is kind:
             return value
     except (TypeError, ValueError, OverflowError):
         pass
