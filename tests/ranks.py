@@ -1,6 +1,7 @@
 """What `test_ranks.py` runs in every process: the same short trainings, shared in different ways.
 
     torchrun --nproc-per-node N tests/ranks.py FOLDER PARALLEL..."""
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from dreamllm_edu.documents.document import Document
 from dreamllm_edu.models.dreamllm.family import DreamLLMFamily
 from dreamllm_edu.models.dreamllm.objective import DreamLLMObjective
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
+from dreamllm_edu import files
 from dreamllm_edu.parts.tokenizer import train_tokenizer
+from dreamllm_edu.training import checkpoint
 from dreamllm_edu.training.ranks import rank_and_world
 from dreamllm_edu.training.trainer import Trainer, save_trained_tensors
 
@@ -102,6 +105,15 @@ def second_step_spoilt():
         DreamLLMObjective.losses = real
 
 
+def check_together(folder):
+    """Which pieces this rank reads to find the newest whole checkpoint, and which one all take for it."""
+    real, read = checkpoint.piece_checksum, []
+    checkpoint.piece_checksum = lambda path, number: read.append(f"{path.name}:{number}") or real(path, number)
+    path, state = checkpoint.last_checkpoint(folder, report=lambda text: read.append(text))
+    checkpoint.piece_checksum = real
+    (folder / f"read-by-{rank_and_world()[0]}.json").write_text(json.dumps([read, path and path.name, state]))
+
+
 def ranks_without_pictures(world):
     """How often, in five steps, a rank of `world` has a document but no picture to draw."""
     steps = [next_steps(rank, world) for rank in range(world)]
@@ -132,6 +144,12 @@ if __name__ == "__main__":
         elif kind == "nan":
             with second_step_spoilt():
                 stage_two(folder / job, way)
+        elif kind == "check":
+            files.PIECE = 20_000
+            check_together(folder / there)
+        elif kind == "pieces":
+            files.PIECE = 20_000
+            stage_two(folder / there, "ddp")
         elif kind == "die":
             class Death:
                 def log(self, values, step):

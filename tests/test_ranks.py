@@ -1,6 +1,7 @@
 """Two and four processes over gloo: FSDP2 = DDP = one process, for every stage; checkpoints of two are read by one
 and by four; a rank that dies."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -185,6 +186,25 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     assert ended.returncode != 0
     assert last_checkpoint(tmp_path / "dead")[1]["step"] == 3
     assert [row["step"] for row in read_log(tmp_path / "dead" / "log.jsonl")][:4] == [0, 1, 2, 3]
+
+
+def test_ranks_share_the_checking_of_a_checkpoint(tmp_path):
+    """Of a file that rank 0 wrote alone, too; damage that rank 1 finds is damage for both."""
+    assert (ended := launch(2, tmp_path, "pieces:one")).returncode == 0, ended.stderr[-3000:]
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    file = tmp_path / "two" / "step-00000005" / "rank-00000.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[20_000 + 7] ^= 1  # in the second piece
+    file.write_bytes(damaged)
+    assert (ended := launch(2, tmp_path, "check:one", "check:two")).returncode == 0, ended.stderr[-3000:]
+    read = lambda run: [json.loads((tmp_path / run / f"read-by-{rank}.json").read_text()) for rank in (0, 1)]
+    (first, *there), (second, *same_there) = read("one")
+    pieces = -(-file.stat().st_size // 20_000)
+    assert len(first) + len(second) == pieces == len({*first, *second}) and abs(len(first) - len(second)) <= 1
+    assert there == same_there and there[0] == "step-00000005"
+    (first, *there), (second, *same_there) = read("two")
+    assert there == same_there and there[0] == "step-00000003"
+    assert sum("cut off or changed" in word for word in first) == 1 and not any("changed" in word for word in second)
 
 
 @pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])

@@ -231,14 +231,14 @@ def write_documents(documents: "Sequence[Document]", path: Path) -> None:
 def run_pretrain(args: argparse.Namespace) -> None:
     """`dreamllm-edu pretrain`."""
     from dreamllm_edu import pretraining
-    from dreamllm_edu.files import check_output
+    from dreamllm_edu.training.precision import describe_precision
 
     if args.init and not args.init.is_dir():
         raise ValueError(f"--init {args.init}: no such folder; give one that pretrain wrote")
-    for folder in (args.out, args.runs):
-        check_output(folder, folder=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for part in pretraining.PARTS if args.part == "all" else [args.part]:
+    parts = pretraining.PARTS if args.part == "all" else [args.part]
+    pretraining.check_places(parts, args.out, args.runs)
+    print(f"precision {describe_precision()}", flush=True)
+    for part in parts:
         pretraining.pretrain(part, args.out, args.runs, args.steps, init=args.init, compile=args.compile)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['state_shares', 'restore_shares', 'save_checkpoint', 'whole_checkpoint', 'warn',
-           'last_checkpoint', 'read_share', 'load_checkpoint']
+           'last_checkpoint', 'newest_state', 'check_same_run', 'read_share', 'load_checkpoint']
 
 # %% ../../nbs/19_full_scale.ipynb #65959129
 import json
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import apply_umask, checksum
+from ..files import apply_umask, checksum, piece_checksum, piece_checksums
 from .ranks import all_gather, all_reduce, barrier, rank_and_world
 from .strategies import Share, Strategy
 
@@ -75,7 +75,7 @@ def save_checkpoint(
                 {"shares": json.dumps(where)},
             )
             apply_umask(path)
-            mine = {path.name: [path.stat().st_size, checksum(path)]}
+            mine = {path.name: [path.stat().st_size, piece_checksums(path)]}
     except (OSError, SafetensorError) as error:
         problem = error
     files = {name: entry for part in all_gather(mine) for name, entry in part.items()}
@@ -98,13 +98,20 @@ def save_checkpoint(
         )
 
 # %% ../../nbs/19_full_scale.ipynb #ef2cba60
-def whole_checkpoint(folder: Path) -> dict:
-    """The manifest of a checkpoint, or a `ValueError` that says what is wrong with it."""
+def whole_checkpoint(folder: Path, rank: int = 0, world: int = 1) -> dict:
+    """The manifest of a checkpoint, or a `ValueError` that says what is wrong with it. Of the pieces
+    of all files rank `rank` of `world` reads its share; sizes are asked by everybody."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
-        for name, (size, crc) in manifest["files"].items():
-            if (folder / name).stat().st_size != size or checksum(folder / name) != crc:
+        pieces = []
+        for name, (size, sums) in manifest["files"].items():
+            if (folder / name).stat().st_size != size:
                 raise ValueError(f"{folder / name} is cut off or changed")
+            numbered = enumerate(sums) if isinstance(sums, list) else [(None, sums)]  # one sum: an earlier version's
+            pieces += [(folder / name, number, value) for number, value in numbered]
+        for path, number, value in pieces[rank::world]:
+            if value != (checksum(path) if number is None else piece_checksum(path, number)):
+                raise ValueError(f"{path} is cut off or changed")
         manifest["state"]["step"]  # a `KeyError` or `TypeError` if there is none
         return manifest
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -118,15 +125,49 @@ def warn(text: str) -> None:
 
 def last_checkpoint(folder: Path | str, report: Callable[[str], None] = warn) -> tuple[Path | None, dict | None]:
     """(path, state) of the newest whole checkpoint under `folder`, or (None, None); broken ones are
-    named and passed over."""
-    for path in sorted(Path(folder).glob("step-*"), reverse=True):
+    named and passed over. All processes call it, and share the reading. `OSError` on all if one of
+    them does not see what another one sees."""
+    rank, world = rank_and_world()
+    for path in all_gather(sorted(Path(folder).glob("step-*"), reverse=True))[0]:
+        manifest, problem = None, None
         try:
-            return path, whole_checkpoint(path)["state"]
+            manifest = whole_checkpoint(path, rank, world)
         except ValueError as error:
-            report(f"{error}; taking the one before, if there is one")
+            problem = str(error)
+        problems, there = zip(*all_gather((problem, (path / "manifest.json").exists())))
+        if not any(problems):
+            return path, manifest["state"]
+        if any(there) and not all(there):
+            raise OSError(f"rank {there.index(False)} does not see {path}: give a folder that all machines share")
+        if rank == 0:
+            report(f"{next(filter(None, problems))}; taking the one before, if there is one")
+    return None, None
+
+# %% ../../nbs/19_full_scale.ipynb #3410c922
+def newest_state(folder: Path) -> tuple[Path | None, dict | None]:
+    """(path, state) as the newest readable manifest under `folder` has it, or (None, None). The files
+    beside it are not looked at."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return path, dict(json.loads((path / "manifest.json").read_text())["state"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     return None, None
 
 
+def check_same_run(path: Path, state: dict, run: dict) -> None:
+    """`ValueError`, with what differs, if a checkpoint's state belongs to another run than `run`."""
+    def words(key: str, value: object) -> str:
+        before = state.get("run", {}).get(key)
+        text = f" ({before!r}, now {value!r})"
+        return f"another {key}{text if len(text) < 100 else ''}"
+
+    other = [words(key, value) for key, value in run.items() if state.get("run", {}).get(key) != value]
+    if other:
+        raise ValueError(f"{path} belongs to a run with {' and '.join(other)}; "
+                         "give a new folder or the same values again, or delete it to start anew")
+
+# %% ../../nbs/19_full_scale.ipynb #78a981ea
 def read_share(files: list, where: list[dict], name: str, share: Share) -> torch.Tensor | None:
     """The elements of `share` from the processes' files: `where` says for each file and name
     (first, end, shape). None if they are another tensor's."""

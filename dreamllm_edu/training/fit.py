@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import trange
 
+from .precision import choose_precision
+
 # %% ../../nbs/10_training.ipynb #742cd9bd
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator of one training step. Batches and noise are drawn from it alone, so a resumed
@@ -54,18 +56,22 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter
 # %% ../../nbs/10_training.ipynb #2f826921
 def fit(model: torch.nn.Module, loss_of_step: Callable, steps: int, learning_rate: float, seed: int = 0,
         warmup: int = 100, ema_decay: float = 0.0, weight_decay: float = 0.01, clip_norm: float = 1.0,
-        progress: bool = True) -> tuple[torch.nn.Module, list[dict]]:
+        progress: bool = True, precision: str = "no") -> tuple[torch.nn.Module, list[dict]]:
     """Train what requires a gradient in `model`: the whole idea of training in one loop.
 
-    `loss_of_step(model, step, generator)` -> dict of scalars with the key `loss`. Returns the moving
-    average of the model (the model itself when `ema_decay` is 0) and one dict of floats a step."""
+    `loss_of_step(model, step, generator)` -> dict of scalars with the key `loss`. `precision`: see
+    `choose_precision`. Returns the moving average of the model (the model itself when `ema_decay` is
+    0) and one dict of floats a step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    device = next(model.parameters()).device
+    low = choose_precision(precision, device) == "bf16"
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=weight_decay)
     ema, history = copy.deepcopy(model) if ema_decay else model, []
     model.train()
     for step in trange(steps, disable=not progress):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
-        losses = loss_of_step(model, step, step_generator(seed, step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            losses = loss_of_step(model, step, step_generator(seed, step))
         update(optimizer, parameters, losses["loss"], clip_norm, step)
         if ema_decay:
             average_into(ema, model, min(ema_decay, (1 + step) / (10 + step)))

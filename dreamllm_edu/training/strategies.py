@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'Share', 'Strategy', 'as_float', 'DDP', 'FSDP2', 'WithoutFrozen',
-           'deepspeed_options', 'ZeRO3', 'strategy_of']
+           'check_deepspeed', 'deepspeed_options', 'ZeRO3', 'strategy_of']
 
 # %% ../../nbs/19_full_scale.ipynb #abea884a
 import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .precision import choose_precision
 from .ranks import all_reduce, rank_and_world
 from .stage import Settings
 
@@ -186,6 +187,21 @@ class WithoutFrozen(torch.nn.Module):
         return self.model(**batch)
 
 
+def check_deepspeed(given: dict, settings: Settings) -> None:
+    """`ValueError` for what a DeepSpeed configuration asks for and the trainer would not do: another
+    precision, another stage of ZeRO, another clipping. "auto" leaves it to the trainer."""
+    on = {name: given.get(name, {}).get("enabled", False) for name in ("fp16", "amp", "bf16", "bfloat16")}
+    if on["fp16"] is True or on["amp"] is True:
+        raise ValueError("fp16 and amp are not possible here; use --precision bf16 or no")
+    if (on["bf16"] is True or on["bfloat16"] is True) and settings.precision != "bf16":
+        raise ValueError(f"it asks for bf16, but the precision is {settings.precision}; leave it out there")
+    zero, clipping = given.get("zero_optimization", {}).get("stage", 3), given.get("gradient_clipping", "auto")
+    if zero not in (3, "auto"):
+        raise ValueError(f"stage {zero} of ZeRO; only 3 is possible here")
+    if clipping not in ("auto", settings.clip_norm):
+        raise ValueError(f"it clips at {clipping}, the settings at {settings.clip_norm}; set --clip-norm instead")
+
+
 def deepspeed_options(settings: Settings) -> dict:
     """What DeepSpeed is asked for: `settings.deepspeed`, a JSON file of further options such as
     offload to the CPU, and what this trainer needs. `ValueError` for a file that cannot be used."""
@@ -195,6 +211,7 @@ def deepspeed_options(settings: Settings) -> dict:
         asked = given.get("zero_optimization", {})
         if "nvme" in [asked.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]:
             raise ValueError("offload to nvme is not supported here; use cpu or none")
+        check_deepspeed(given, settings)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a DeepSpeed configuration ({error}); recipes/zero3.json is one") from error
     precision = {"enabled": settings.precision == "bf16", "dtype": "bfloat16"}
@@ -202,7 +219,8 @@ def deepspeed_options(settings: Settings) -> dict:
                "gradient_clipping": settings.clip_norm, "zero_force_ds_cpu_optimizer": False,  # AdamW is torch's
                "zero_optimization": {**asked, "stage": 3, "stage3_param_persistence_threshold": 0},
                "torch_autocast": {**given.get("torch_autocast", {}), **precision}}
-    options.pop("train_batch_size", None)
+    for name in ("train_batch_size", "fp16", "amp", "bf16", "bfloat16"):  # autocast does it, weights stay float32
+        options.pop(name, None)
     return options
 
 # %% ../../nbs/19_full_scale.ipynb #0db223ec
@@ -291,6 +309,8 @@ STRATEGIES = {strategy.name: strategy for strategy in (Strategy, DDP, FSDP2, ZeR
 def strategy_of(settings: Settings, layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()) -> Strategy:
     """The strategy that `settings.strategy` names; "auto" is "single" in one process and "ddp" in
     several. `ValueError` for an unknown name, and for one that does not fit the number of processes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = replace(settings, precision=choose_precision(settings.precision, device))
     world = rank_and_world()[1]
     name = ("single" if world == 1 else "ddp") if settings.strategy == "auto" else settings.strategy
     if name not in STRATEGIES:

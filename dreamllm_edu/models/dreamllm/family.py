@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ...documents.document import Document
 from ..base import register_family
+from .flops import step_flops
 from .model import DreamLLM
 from .objective import CLIPFeatures, DreamLLMObjective, VAEMoments
 from .processor import DreamLLMProcessor
@@ -89,6 +90,9 @@ class DreamLLMFamily:
 
     def frozen_checksum(self) -> str | None:
         return frozen_checksum(self.model)
+
+# %% ../../../nbs/A5_families.ipynb #0d1b3dd7
+DreamLLMFamily.step_flops = step_flops  # optional for a family: without it the log has no `mfu`
 
 # %% ../../../nbs/A5_families.ipynb #fe786cbf
 def from_parts(parts: dict, max_length: int, network: bool) -> tuple[DreamLLM, DreamLLMProcessor]:
