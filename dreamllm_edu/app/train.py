@@ -169,13 +169,15 @@ def train_stage(
     folder, weights = options.out / stage.name, initial_weights(options, recipe, number)
     corpora = corpora_of(stage, options.data, options.network)
     parts = options.parts if options.scale == "mini" and not recipe.parts else recipe.parts
-    family = families()[recipe.model].build(options.scale, parts, settings.max_length, options.network)
+    family = families()[recipe.model].build(options.scale, parts, settings.max_length, options.network,
+                                            accelerator.device, settings.precision)
     if weights:
         family.load(weights)
     if options.trackers and not accelerator.trackers:  # writes into --out: only once parts and weights are found to fit
         accelerator.init_trackers("dreamllm_edu")
     mark = family.frozen_checksum()
-    family.model.to(accelerator.device)
+    if not family.unread:  # else a strategy brings it there, share by share
+        family.model.to(accelerator.device)
     store = feature_store(options, settings, stage, family, corpora)
     if options.fill_cache:
         return None

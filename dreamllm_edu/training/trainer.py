@@ -221,8 +221,9 @@ class Trainer:
         self.folder, self.settings, self.warmup, self.ema_decay = folder and Path(folder), settings, warmup, ema_decay
         self.strategy = strategy or strategy_of(settings)
         self.progress, self.trackers, self.on_step, self.samples = progress, trackers, on_step, samples
+        start = None if self.strategy.unread else weights_checksum(model)  # else known after `Strategy.wrap`
         self.run = {"seed": settings.seed, "number of steps": steps, "learning rate": learning_rate,
-                    "starting weights": weights_checksum(model), **task.run}
+                    "starting weights": start, **task.run}
         self.state = {"step": 0, "updates": 0, "position": {}}
 
     @classmethod
@@ -232,7 +233,7 @@ class Trainer:
         """The trainer of one stage of a family. `steps`: instead of the stage's own."""
         set_trainable(family.model, stage)
         steps = stage.steps if steps is None else steps
-        strategy = strategy_of(settings, family.decoder_layers(), family.frozen_parts)
+        strategy = strategy_of(settings, family.decoder_layers(), family.frozen_parts, family.unread)
         task = StageTask(family, stage, corpora, settings, store)
         draw = (
             (lambda: family.generate(list(samples), max_new_tokens=24, max_pictures=1, num_inference_steps=10))
@@ -262,6 +263,8 @@ def start(self: Trainer) -> None:
     `ValueError` if that belongs to another run."""
     settings, model = self.settings, self.model.train()
     self.runner = self.strategy.wrap(model)
+    if self.strategy.unread:
+        self.run["starting weights"] = self.strategy.checksum()
     self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(self.trained.values(), lr=self.learning_rate, betas=settings.betas,
                                   weight_decay=settings.weight_decay, fused=True)
