@@ -74,6 +74,10 @@ class Strategy:
         for name in missing:
             share = self.share(named[name])
             self.put(self.unread.read(name).reshape(-1)[share.first:share.first + len(share.values)], named[name])
+            self.split(named[name])
+
+    def split(self, p: torch.nn.Parameter) -> None:
+        """Let go of what is other processes' of a parameter that was read; nothing, where `put` took a share."""
 
     def checksum(self) -> int:
         """`weights_checksum` of the whole model in float32, from the shares of all processes; after
@@ -258,13 +262,23 @@ class ZeRO3(Strategy):
         if settings.compile:
             raise ValueError("compile does not go with zero3; take fsdp2, or --no-compile")
 
+    def split(self, p: torch.nn.Parameter) -> None:
+        from deepspeed import zero
+
+        self.prepare_exchange()
+        zero.Init(torch.nn.ParameterList([p]), config_dict_or_path=self.options)
+
+    def prepare_exchange(self) -> None:
+        """DeepSpeed's own way to exchange numbers on a CPU would be compiled at first use; gloo does it too."""
+        import deepspeed
+
+        if not torch.cuda.is_available():
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     def attach(self, optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
         import deepspeed
 
-        if (
-            self.model.device.type == "cpu"
-        ):  # its own way to exchange numbers would be compiled at first use; gloo does it too
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.prepare_exchange()
         inside = WithoutFrozen(self.model, self.frozen)
         self.runner = deepspeed.initialize(model=inside, optimizer=optimizer, config=self.options)[0]
         super().attach(optimizer, trained)
@@ -290,7 +304,10 @@ class ZeRO3(Strategy):
 
         if not hasattr(p, "ds_numel"):  # before `attach`
             return super().share(p, key)
-        values = (safe_get_local_optimizer_state(p, key) if key else safe_get_local_fp32_param(p)).detach()
+        if self.optimizer is None:
+            values = p.ds_tensor.detach().float()
+        else:
+            values = (safe_get_local_optimizer_state(p, key) if key else safe_get_local_fp32_param(p)).detach()
         first = dist.get_rank() * len(values)
         return Share(
             values[: max(0, p.ds_numel - first)], first, tuple(p.ds_shape)
