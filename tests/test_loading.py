@@ -210,6 +210,11 @@ def one_rank(folder, rank, world, strategy, how):
     os._exit(0)
 
 
+def test_two_processes_that_hold_everything_read_the_same_numbers(tmp_path):
+    parts_of(tmp_path, False)
+    launch(tmp_path, "ddp", "files")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_no_rank_ever_holds_the_whole_model(tmp_path, strategy):

@@ -39,8 +39,9 @@ class Strategy:
 
     `layers`: modules that are gathered and compiled one by one. `frozen`: names of the model's
     children that stay whole on every process, in no optimizer. `unread`: where the weights of
-    parameters without memory are, if the model has such."""
-    name, sharded = "single", False
+    parameters without memory are, if the model has such. `fills_on_host`: whether `fill` reads whole
+    tensors, which `split` then cuts up."""
+    name, sharded, fills_on_host = "single", False, False
 
     def __init__(
         self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = (),
@@ -67,7 +68,7 @@ class Strategy:
     @torch.no_grad()
     def fill(self) -> None:
         """Give memory to parameters that have none, and read this process's share of each."""
-        device = self.unread.device
+        device = torch.device("cpu") if self.fills_on_host else self.unread.device
         missing = [name for name, p in self.model.named_parameters() if p.is_meta]
         replace_parameters(self.model, lambda p: torch.empty_like(p, device=device) if p.is_meta else None)
         named = dict(self.model.named_parameters())
@@ -77,7 +78,8 @@ class Strategy:
             self.split(named[name])
 
     def split(self, p: torch.nn.Parameter) -> None:
-        """Let go of what is other processes' of a parameter that was read; nothing, where `put` took a share."""
+        """Let go of what is other processes' of a parameter that was read. Nothing, where `put` took a
+        share only."""
 
     def checksum(self) -> int:
         """`weights_checksum` of the whole model in float32, from the shares of all processes; after
@@ -246,7 +248,7 @@ def deepspeed_options(settings: Settings) -> dict:
 class ZeRO3(Strategy):
     """Every process holds an equal number of elements of each tensor; DeepSpeed's engine clips and
     updates (Rajbhandari et al. 2020). `ValueError` when DeepSpeed is not installed."""
-    name, sharded = "zero3", True
+    name, sharded, fills_on_host = "zero3", True, True
 
     def __init__(
         self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = (),
