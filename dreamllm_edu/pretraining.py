@@ -86,7 +86,7 @@ from .parts.denoising import denoising_loss
 from .parts.diffusion import sample_latents, scheduler_config, unet_config, vae_config
 from .parts.language import llama_config, next_token_loss, pack
 from .parts.loading import load_part, weights_checksum
-from .parts.tokenizer import caption_ids, encode_text, load_tokenizer, train_tokenizer
+from .parts.tokenizer import caption_ids, encode_text, read_tokenizer, train_tokenizer
 from .parts.vision import (
     clip_config, clip_normalize, contrastive_loss, random_erase, augment, text_embeds, to_unit_range)
 from .training.precision import choose_precision
@@ -238,7 +238,7 @@ def pretrain_clip(out: Path, runs: Path, steps: int = 850, vision_steps: int = 2
 
     `init`: a folder of parts whose CLIP skips the first half. Writes `out/clip`. Returns one row of
     losses per step."""
-    data, tokenizer = Captioned(), load_tokenizer(out)
+    data, tokenizer = Captioned(), read_tokenizer(out / "tokenizer")
     pixels = data.pixels()
     ids, mask = caption_ids(tokenizer, data.captions)
     bare_ids, bare_mask = caption_ids(tokenizer, data.names)
@@ -304,7 +304,7 @@ def pretrain_unet(out: Path, runs: Path, steps: int = 28000, batch: int = 64, se
     `init`: a folder of parts whose U-Net is trained further; `compile`: compile the U-Net. Needs
     `tokenizer`, `clip` and `vae` in `out`; writes `out/unet` and `out/scheduler`. Returns one row
     of losses per step."""
-    data, tokenizer = Captioned(), load_tokenizer(out)
+    data, tokenizer = Captioned(), read_tokenizer(out / "tokenizer")
     clip = load_part(CLIPModel, out / "clip", dtype=torch.float32).eval()
     vae = load_part(AutoencoderKL, out / "vae", torch_dtype=torch.float32).eval()
     mean, std = latent_moments(vae, data.pixels())
@@ -404,7 +404,7 @@ def redrawn_latents(out: Path, mean: torch.Tensor, captions: Sequence[str], seed
     unet = load_part(UNet2DConditionModel, out / "unet", torch_dtype=torch.float32).eval()
     unet = unet.to(memory_format=torch.channels_last)
     clip = load_part(CLIPModel, out / "clip", dtype=torch.float32).eval()
-    scheduler, tokenizer = DDPMScheduler.from_pretrained(out / "scheduler"), load_tokenizer(out)
+    scheduler, tokenizer = DDPMScheduler.from_pretrained(out / "scheduler"), read_tokenizer(out / "tokenizer")
     states = lambda texts: caption_states(clip, *caption_ids(tokenizer, texts)).float()
     generator, null, redrawn = torch.Generator().manual_seed(seed), states([""]), []
     low = choose_precision("auto") == "bf16"
@@ -494,7 +494,7 @@ def pretrain_language(out: Path, runs: Path, steps: int = 1700, batch: int = 40,
 
     `init`: a folder of parts whose language model is trained further. Needs `tokenizer` in `out`;
     writes `out/language`. Returns one row of losses per step."""
-    tokenizer = load_tokenizer(out)
+    tokenizer = read_tokenizer(out / "tokenizer")
     texts = definition_split(read_definitions())[0] + Captioned().captions
     order = np.random.default_rng(seed).permutation(len(texts))
     stream = pack([encode_text(tokenizer, texts[i]) for i in order], 1, 2)

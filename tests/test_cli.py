@@ -349,7 +349,7 @@ def test_ctrl_c_ends_with_130(tmp_path, model, capsys, monkeypatch):
 def test_pretrain_tokenizer_end_to_end(tmp_path):
     run = run_command("pretrain", "tokenizer", "--out", "parts", "--runs", "work", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    tokenizer = dreamllm_edu.pretraining.load_tokenizer(tmp_path / "parts")
+    tokenizer = dreamllm_edu.pretraining.read_tokenizer(tmp_path / "parts" / "tokenizer")
     assert len(tokenizer) == 4096 and [tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS] == list(range(9))
     text = "red apple in Noto style: <dream> 日本 \n"
     ids = encode_text(tokenizer, text)

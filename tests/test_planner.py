@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,14 @@ from dreamllm_edu.models.dreamllm.official import parameters_of
 from dreamllm_edu.models.dreamllm.weights import mini
 from dreamllm_edu.planning import (
     FROZEN,
+    NOT_PLANNED,
     LiveBytes,
     SavedBytes,
     cache_bytes,
     dry_run,
     find_stage,
     gathered_bytes,
+    loading_bytes,
     measure,
     picture_batch,
     plan,
@@ -33,8 +35,8 @@ from dreamllm_edu.planning import (
     token_batch,
     weights_of,
 )
-from dreamllm_edu.training.recipe import recipe_of
-from dreamllm_edu.training.stage import Settings, set_trainable
+from dreamllm_edu.training.recipe import Recipe, recipe_of
+from dreamllm_edu.training.stage import Settings, Stage, set_trainable
 from dreamllm_edu.training.strategies import strategy_of
 from dreamllm_edu.training.trainer import Trainer
 
@@ -383,3 +385,112 @@ def test_plan():
 def test_what_cannot_be_planned(wrong, message):
     with pytest.raises(ValueError, match=message):
         plan(**{"scale": "mini", "gpus": 2, **wrong})
+
+
+OTHER_SETTINGS = {
+    "strategy": "ddp",
+    "deepspeed": "recipes/zero3.json",
+    "precision": "no",
+    "lanes": 3,
+    "mixing": "document",
+    "micro_batch": 4,
+    "max_length": 256,
+    "store": False,
+    "views": 3,
+    "workers": 2,
+    "checkpointing": True,
+    "compile": True,
+    "save_every": 7,
+    "keep": 9,
+    "log_every": 3,
+    "sample_every": 5,
+    "patience": 1,
+    "weight_decay": 0.5,
+    "betas": (0.5, 0.5),
+    "clip_norm": 2.0,
+    "seed": 4,
+}
+OTHER_STAGE = {
+    "name": "another",
+    "trains": ("dream_queries",),
+    "mixture": {"scenes": 1.0},
+    "learning_rate": 0.5,
+    "steps": 17,
+    "batch": 96,
+    "lm_loss_weight": 2.0,
+    "image_loss_weight": 1.0,
+    "warmup": 1,
+    "ema_decay": 0.0,
+    "read_last": True,
+    "timestep_exponent": 2.0,
+}
+
+
+def planned_text(settings=None, stage=None, **options):
+    """The plan of a recipe that differs in one thing from the miniature's second stage."""
+    recipe = recipe_of("mini")
+    settings, stage = {**recipe.settings.__dict__, **(settings or {})}, replace(recipe.stages[1], **(stage or {}))
+    recipe = replace(recipe, stages=(stage,), settings=Settings(**settings), **options)
+    return str(plan("mini", gpus=2, gpu_memory=8, device=10, recipe=recipe))
+
+
+@pytest.mark.parametrize("kind, others", [(Settings, OTHER_SETTINGS), (Stage, OTHER_STAGE)])
+def test_every_field_of_a_recipe_is_planned_or_has_a_reason(kind, others):
+    names = {field.name for field in fields(kind)}
+    assert names == others.keys(), "a new field: give another value here, and plan it or say in NOT_PLANNED why not"
+    plain = planned_text()
+    for name, value in others.items():
+        assert getattr(recipe_of("mini").settings if kind is Settings else MINI[1], name) != value, "another value"
+        text = planned_text(**{kind.__name__.lower(): {name: value}})
+        assert (text == plain) == (name in NOT_PLANNED), f"{name}: planned, or a reason, but not both"
+    assert all(len(NOT_PLANNED[name]) > 10 for name in names & NOT_PLANNED.keys())
+
+
+def test_a_plan_follows_its_recipe():
+    assert {field.name for field in fields(Recipe)} == {"stages", "model", "parts", "settings"}
+    assert planned_text(parts={"num_queries": 12}) != planned_text()
+    with pytest.raises(ValueError, match="family 'illume'"):
+        planned_text(model="illume")
+    for scale, gpus in (("mini", 2), ("small", 1), ("paper", 8)):
+        recipe, text = recipe_of(scale), str(plan(scale, 1, gpus))
+        assert f"documents of {recipe.settings.max_length:,} tokens" in text, "not the model's context"
+        assert ("with checkpointing" in text) == recipe.settings.checkpointing
+        assert ("VAE stored" in text) == recipe.settings.store
+        assert recipe.stages[0].name in text
+    assert [stage.name for stage in plan("mini", gpus=2, device=10).stages] == [stage.name for stage in MINI]
+    assert "documents of 300 tokens" in str(plan("mini", 1, 1, length=300))
+    with pytest.raises(ValueError, match="8 lanes"):
+        plan("mini", gpus=16)
+
+
+def test_the_rank_with_the_most_lanes_counts():
+    """Eight lanes on three GPUs: 3, 3 and 2 of them, so 48 of 128 documents, not 43."""
+    stage = plan("mini", 2, gpus=3, gpu_memory=80).stages[0]
+    assert stage.micro_batch * stage.accumulation == 48
+
+
+def test_all_frozen_parts_stay_on_the_gpu_also_when_their_outputs_are_stored():
+    """As the engine keeps them."""
+    one, other = (plan("mini", 1, 1, cached=cached).stages[0].items["frozen parts"] for cached in (True, False))
+    assert one == other == 2 * sum(w.numel() for w in weights_of(scale_config("mini")) if w.part in FROZEN)
+
+
+def test_loading_must_fit_too():
+    config = scale_config("paper")
+    own = [w for w in weights_of(config) if w.part not in FROZEN]
+    frozen = 2 * sum(w.numel() for w in weights_of(config) if w.part in FROZEN)
+    root = 4 * sum(w.numel() for w in own if w.unit == "root")
+    shares = 4 * sum(w.numel(8) for w in own)
+    assert loading_bytes(config, 8)["GPU"] == frozen + shares + root
+    assert loading_bytes(config, 1, "single")["GPU"] > 4 * sum(w.numel() for w in own)
+    assert loading_bytes(config, 8)["host"] < 4 * sum(w.numel() for w in own) / 3, "never the whole model"
+    assert not plan("paper", 1, 8, 1e-9 * loading_bytes(config, 8)["GPU"], reserve=0.01).fits
+
+
+def test_stage_two_fits_on_eight_times_24_gb_as_the_plan_says():
+    """A claim that loading used to break: 27 GB of float32 weights came to every GPU first."""
+    planned = plan("paper", 2, 8, 24, micro_batch=1).stages[0]
+    assert planned.loading["GPU"] < 24e9 * 0.9 < 4 * sum(
+        w.numel() for w in weights_of(scale_config("paper")) if w.part not in FROZEN
+    )
+    assert planned.fits and planned.total < 24e9

@@ -92,8 +92,9 @@ def add_plan(command: AddCommand) -> None:
                    help="share of the peak TFLOP/s that the training reaches; an assumption, not a measurement")
     p.add_argument("--parallel", choices=["fsdp2", "ddp", "single"], default="fsdp2",
                    help="how weights and gradients are distributed over the GPUs")
-    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
-                   help="save memory: recompute the decoder layers instead of keeping their activations")
+    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                   help="save memory: recompute the decoder layers instead of keeping their activations "
+                        "(default: as the recipe says)")
     p.add_argument("--cached", action="store_true",
                    help="assume that the outputs of CLIP and VAE were computed before and stored")
 
@@ -302,7 +303,7 @@ def run_plan(args: argparse.Namespace) -> None:
     device = float(args.device) if args.device.replace(".", "", 1).isdigit() else args.device
     planned = plan(args.scale, args.stage, args.gpus, args.gpu_memory, args.micro_batch,
                    checkpointing=args.checkpointing, parallel=parallel, utilisation=args.utilisation,
-                   device=device, cached=args.cached)
+                   device=device, cached=args.cached or None)
     say(str(planned))
     if not planned.fits:
         raise ValueError(f"this does not fit {args.gpus} x {args.gpu_memory:g} GB: "

@@ -234,13 +234,15 @@ def train_stage(
     stage = recipe.stages[number - 1]
     folder, weights = options.out / stage.name, initial_weights(options, recipe, number)
     parts = options.parts if options.scale == "mini" and not recipe.parts else recipe.parts
-    family = families()[recipe.model].build(options.scale, parts, settings.max_length, options.network)
+    family = families()[recipe.model].build(options.scale, parts, settings.max_length, options.network,
+                                            accelerator.device, settings.precision)
     if weights:
         family.load(weights)
     if options.trackers and not accelerator.trackers:  # writes into --out: only once parts and weights are found to fit
         accelerator.init_trackers("dreamllm_edu")
     mark = family.frozen_checksum()
-    family.model.to(accelerator.device)
+    if not family.unread:  # else a strategy brings it there, share by share
+        family.model.to(accelerator.device)
     if options.fill_cache:
         return feature_store(options, settings, stage, family, corpora) and None
     settings = replace(settings, seed=settings.seed + number - 1)

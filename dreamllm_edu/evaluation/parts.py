@@ -27,7 +27,7 @@ from .metrics import (
 from ..files import WEIGHTS
 from ..parts.language import next_token_loss, pack
 from ..parts.loading import load_part, quiet
-from ..parts.tokenizer import caption_ids, encode_text, load_tokenizer
+from ..parts.tokenizer import caption_ids, encode_text, read_tokenizer
 from ..parts.vision import clip_normalize, text_embeds, to_unit_range
 
 # %% ../../nbs/12_pretraining.ipynb #fcfff750
@@ -36,7 +36,7 @@ def measure_language_part(parts: Path) -> dict[str, Interval | float]:
     """Perplexity of `parts/language` on held-out definitions, 200 windows of 128 tokens.
 
     Baseline: the frequency of each token in the training definitions (`unigram`)."""
-    tokenizer, (train, held_out) = load_tokenizer(parts), definition_split(read_definitions())
+    tokenizer, (train, held_out) = read_tokenizer(parts / "tokenizer"), definition_split(read_definitions())
     packed = lambda lines: pack([encode_text(tokenizer, line) for line in lines], 1, 2)
     counts = torch.bincount(packed(train[::10]), minlength=len(tokenizer)) + 1
     stream = packed(held_out)
@@ -56,7 +56,7 @@ def measure_clip_part(parts: Path, captions: Sequence[str], names: Sequence[str]
 
     `captions`, `names` (without the style): n texts; `pixels`: their pictures, uint8 [n, 3, 64,
     64]."""
-    tokenizer, clip = load_tokenizer(parts), load_part(CLIPModel, parts / "clip").float().eval()
+    tokenizer, clip = read_tokenizer(parts / "tokenizer"), load_part(CLIPModel, parts / "clip").float().eval()
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)
     pixel_values = clip_normalize(to_unit_range(pixels))
     image = unit(clip.visual_projection(clip.vision_model(pixel_values=pixel_values).pooler_output))
@@ -112,7 +112,7 @@ def measure_unet_part(parts: Path, world: World, n: int = 150) -> dict[str, Any]
     diffusion = SimpleNamespace(unet=load(UNet2DConditionModel, "unet"), vae=load(AutoencoderKL, "vae"),
                                 scheduler=DDPMScheduler.from_pretrained(parts / "scheduler"))
     clip, prompts = load_part(CLIPModel, parts / "clip").float().eval(), sample_prompts(world, "train", n)
-    processor = SimpleNamespace(tokenizer=load_tokenizer(parts))
+    processor = SimpleNamespace(tokenizer=read_tokenizer(parts / "tokenizer"))
     pictures = draw_from_text_encoder(diffusion, clip, processor, [caption(*prompt) for prompt in prompts])
     judge, shuffled = load_judge(WEIGHTS / "mini" / "judge"), prompts[1:] + prompts[:1]
     return {**score_creation(judge, world, pictures, prompts),

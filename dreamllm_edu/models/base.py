@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..documents.document import Document
+from ..parts.loading import Unread
 from ..sequences import Layout, Sequence
 
 # %% ../../nbs/A5_families.ipynb #715b6e9d
@@ -76,16 +77,21 @@ class Family(Protocol):
 
     `layout`: how a document becomes a sequence. `encoders`: the picture encoder of each role:
     "images" (pictures that are read), "targets" (pictures that are drawn). `frozen_parts`: names of
-    the model's children that no stage trains."""
+    the model's children that no stage trains. `unread`: weights that are still in their files,
+    None when all are in memory."""
     model: torch.nn.Module
     processor: Any
     layout: Layout
     encoders: dict[str, PictureEncoder]
     frozen_parts: tuple[str, ...]
+    unread: Unread | None
 
     @classmethod
-    def build(cls, scale: str, parts: Any, max_length: int, network: bool = False) -> "Family":
-        """Model and processor before the first stage, from pretrained parts."""
+    def build(cls, scale: str, parts: Any, max_length: int, network: bool = False,
+              device: torch.device | None = None, precision: str = "no") -> "Family":
+        """Model and processor before the first stage, from pretrained parts. With a `device`, for
+        training: frozen parts are there, in the dtype that `prepare` gives them for `precision`;
+        what trains may stay `unread`, until a strategy shares it out."""
 
     def objective(self, stage: Any) -> Objective:
         """The losses of a stage."""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'train_tokenizer', 'plain_text_copy', 'encode_text', 'caption_ids',
-           'read_tokenizer', 'load_tokenizer']
+           'read_tokenizer']
 
 # %% ../../nbs/02_tokenization.ipynb #873fbed8
 import copy
@@ -90,9 +90,3 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"{folder}: no whole tokenizer there ({error}); fetch or make it again"
         ) from error
-
-# %% ../../nbs/12_pretraining.ipynb #4f6076db
-def load_tokenizer(out: "Path") -> "PreTrainedTokenizerBase":
-    """The tokenizer in `out/tokenizer`, where `out` is a folder of parts. Raises `ValueError` if it
-    is missing or damaged."""
-    return read_tokenizer(out / "tokenizer")

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..parts.loading import Unread, joined_checksum, replace_parameters, tensor_checksum
 from .precision import choose_precision
-from .ranks import all_reduce, rank_and_world
+from .ranks import all_gather, all_reduce, rank_and_world
 from .stage import Settings
 
 # %% ../../nbs/19_full_scale.ipynb #5d5ae6f5
@@ -38,22 +39,59 @@ class Strategy:
     """One process that holds everything; the base of all others.
 
     `layers`: modules that are gathered and compiled one by one. `frozen`: names of the model's
-    children that stay whole on every process, in no optimizer."""
-    name, sharded = "single", False
+    children that stay whole on every process, in no optimizer. `unread`: where the weights of
+    parameters without memory are, if the model has such. `fills_on_host`: whether `fill` reads whole
+    tensors, which `split` then cuts up."""
+    name, sharded, fills_on_host = "single", False, False
 
     def __init__(
-        self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()
+        self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = (),
+        unread: Unread | None = None
     ):
-        self.settings, self.layers, self.frozen = settings, list(layers), frozen
+        self.settings, self.layers, self.frozen, self.unread = settings, list(layers), frozen, unread
         self.model = self.runner = self.optimizer = None
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """Make `model` train on this process's share; returns the thing to call."""
         self.model = self.runner = model
-        if self.settings.compile:
-            for layer in self.layers or [model]:
-                layer.compile()
+        if self.unread:
+            self.fill()
+            model.to(self.unread.device)  # what was in memory already: new parts, buffers
+        self.compile()
         return self.runner
+
+    def compile(self) -> None:
+        """Compile layers, if the settings say so."""
+        if self.settings.compile:
+            for layer in self.layers or [self.model]:
+                layer.compile()
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Give memory to parameters that have none, and read this process's share of each."""
+        device = torch.device("cpu") if self.fills_on_host else self.unread.device
+        missing = [name for name, p in self.model.named_parameters() if p.is_meta]
+        replace_parameters(self.model, lambda p: torch.empty_like(p, device=device) if p.is_meta else None)
+        named = dict(self.model.named_parameters())
+        for name in missing:
+            share = self.share(named[name])
+            self.put(self.unread.read(name).reshape(-1)[share.first:share.first + len(share.values)], named[name])
+            self.split(named[name])
+
+    def split(self, p: torch.nn.Parameter) -> None:
+        """Let go of what is other processes' of a parameter that was read. Nothing, where `put` took a
+        share only."""
+
+    def checksum(self) -> int:
+        """`weights_checksum` of the whole model in float32, from the shares of all processes; after
+        `wrap` of a model whose weights were `unread`."""
+        rank, state, mine = rank_and_world()[0], self.model.state_dict(keep_vars=True), {}
+        for name in state.keys() - self.unread.checksums.keys():
+            share = self.share(state[name])
+            if not self.sharded or rank == 0 or share.first:  # what all have whole, rank 0 tells
+                mine[name] = tensor_checksum(share.values), share.values.nbytes
+        pieces = all_gather(mine) if self.sharded else [mine]
+        return joined_checksum(list(state), [{**pieces[0], **self.unread.checksums}, *pieces[1:]])
 
     def attach(self, optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
         """Take the optimizer of the wrapped model's parameters; returns the tensors that it updates."""
@@ -133,12 +171,15 @@ class FSDP2(Strategy):
     name, sharded = "fsdp2", True
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        super().wrap(model)
+        self.model = self.runner = model
+        self.compile()
         low = torch.bfloat16 if self.settings.precision == "bf16" else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
         ignored = {p for name in self.frozen for p in getattr(model, name).parameters()}
         for module in (*self.layers, model):  # the model last: it takes what is left
             fully_shard(module, mp_policy=policy, ignored_params=ignored)
+        if self.unread:
+            self.fill()  # only now: no process ever holds the whole model
         return model
 
     @contextmanager
@@ -227,12 +268,13 @@ def deepspeed_options(settings: Settings) -> dict:
 class ZeRO3(Strategy):
     """Every process holds an equal number of elements of each tensor; DeepSpeed's engine clips and
     updates (Rajbhandari et al. 2020). `ValueError` when DeepSpeed is not installed."""
-    name, sharded = "zero3", True
+    name, sharded, fills_on_host = "zero3", True, True
 
     def __init__(
-        self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()
+        self, settings: Settings = Settings(), layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = (),
+        unread: Unread | None = None
     ):
-        super().__init__(settings, layers, frozen)
+        super().__init__(settings, layers, frozen, unread)
         self.options = deepspeed_options(settings)
         try:
             import deepspeed  # noqa: F401
@@ -242,13 +284,23 @@ class ZeRO3(Strategy):
         if settings.compile:
             raise ValueError("compile does not go with zero3; take fsdp2, or --no-compile")
 
+    def split(self, p: torch.nn.Parameter) -> None:
+        from deepspeed import zero
+
+        self.prepare_exchange()
+        zero.Init(torch.nn.ParameterList([p]), config_dict_or_path=self.options)
+
+    def prepare_exchange(self) -> None:
+        """DeepSpeed's own way to exchange numbers on a CPU would be compiled at first use; gloo does it too."""
+        import deepspeed
+
+        if not torch.cuda.is_available():
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     def attach(self, optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
         import deepspeed
 
-        if (
-            self.model.device.type == "cpu"
-        ):  # its own way to exchange numbers would be compiled at first use; gloo does it too
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.prepare_exchange()
         inside = WithoutFrozen(self.model, self.frozen)
         self.runner = deepspeed.initialize(model=inside, optimizer=optimizer, config=self.options)[0]
         super().attach(optimizer, trained)
@@ -272,7 +324,12 @@ class ZeRO3(Strategy):
     def share(self, p: torch.Tensor, key: str | None = None) -> Share:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        values = (safe_get_local_optimizer_state(p, key) if key else safe_get_local_fp32_param(p)).detach()
+        if not hasattr(p, "ds_numel"):  # before `attach`
+            return super().share(p, key)
+        if self.optimizer is None:
+            values = p.ds_tensor.detach().float()
+        else:
+            values = (safe_get_local_optimizer_state(p, key) if key else safe_get_local_fp32_param(p)).detach()
         first = dist.get_rank() * len(values)
         return Share(
             values[: max(0, p.ds_numel - first)], first, tuple(p.ds_shape)
@@ -281,6 +338,8 @@ class ZeRO3(Strategy):
     def put(self, values: torch.Tensor, p: torch.Tensor, key: str | None = None) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
+        if not hasattr(p, "ds_numel"):
+            return super().put(values, p, key)
         padded = torch.nn.functional.pad(values, (0, p.ds_tensor.numel() - len(values)))
         if key:
             safe_set_local_optimizer_state(p, padded, key)
@@ -306,7 +365,8 @@ class ZeRO3(Strategy):
 STRATEGIES = {strategy.name: strategy for strategy in (Strategy, DDP, FSDP2, ZeRO3)}
 
 
-def strategy_of(settings: Settings, layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = ()) -> Strategy:
+def strategy_of(settings: Settings, layers: list[torch.nn.Module] = (), frozen: tuple[str, ...] = (),
+                unread: Unread | None = None) -> Strategy:
     """The strategy that `settings.strategy` names; "auto" is "single" in one process and "ddp" in
     several. `ValueError` for an unknown name, and for one that does not fit the number of processes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -321,4 +381,4 @@ def strategy_of(settings: Settings, layers: list[torch.nn.Module] = (), frozen: 
         raise ValueError(f"strategy single, but {world} processes: use ddp, fsdp2 or zero3")
     if name == "zero3" and world == 1:
         raise ValueError("zero3 with one process: start it with torchrun or accelerate launch, or use single")
-    return STRATEGIES[name](settings, layers, frozen)
+    return STRATEGIES[name](settings, layers, frozen, unread)

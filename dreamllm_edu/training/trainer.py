@@ -239,8 +239,9 @@ class Trainer:
         self.folder, self.settings, self.warmup, self.ema_decay = folder and Path(folder), settings, warmup, ema_decay
         self.strategy = strategy or strategy_of(settings)
         self.progress, self.trackers, self.on_step, self.samples = progress, trackers, on_step, samples
+        start = None if self.strategy.unread else weights_checksum(model)  # else known after `Strategy.wrap`
         run = {"number of steps": steps, "learning rate": learning_rate, "warmup": warmup, "ema_decay": ema_decay,
-               "starting weights": weights_checksum(model), **{key: getattr(settings, key) for key in LEARNED_FROM}}
+               "starting weights": start, **{key: getattr(settings, key) for key in LEARNED_FROM}}
         self.run = json.loads(json.dumps(run | task.run))  # as a checkpoint's manifest gives it back
         self.prepare = lambda: None
         self.state = {"step": 0, "updates": 0, "position": {}}
@@ -255,7 +256,7 @@ class Trainer:
             raise ValueError(f"stage {stage.name} trains {', '.join(stage.trains) or 'nothing'}: the model has no such part")
         steps = stage.steps if steps is None else steps
         settings = replace(settings, precision=choose_precision(settings.precision, family.model.device))
-        strategy = strategy_of(settings, family.decoder_layers(), family.frozen_parts)
+        strategy = strategy_of(settings, family.decoder_layers(), family.frozen_parts, family.unread)
         task = StageTask(family, stage, corpora, settings, store)
         draw = (
             (lambda: family.generate(list(samples), max_new_tokens=24, max_pictures=1, num_inference_steps=10))
@@ -285,7 +286,8 @@ def check_run(self: Trainer) -> None:
     manifest only, so that a command can ask before hours of work."""
     path, state = newest_state(self.folder) if self.folder else (None, None)
     if path:
-        check_same_run(path, state, self.run)
+        known = {key: value for key, value in self.run.items() if value is not None}
+        check_same_run(path, state, known)  # weights that are still unread are compared in `start`
 
 # %% ../../nbs/19_full_scale.ipynb #2a3223af
 @patch
@@ -296,6 +298,8 @@ def start(self: Trainer) -> None:
     self.prepare()
     settings, model = self.settings, self.model.train()
     self.runner = self.strategy.wrap(model)
+    if self.strategy.unread:
+        self.run["starting weights"] = self.strategy.checksum()
     self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(self.trained.values(), lr=self.learning_rate, betas=settings.betas,
                                   weight_decay=settings.weight_decay, fused=True)

@@ -20,7 +20,7 @@ from .layout import SlotLayout, null_document
 from .model import DreamLLM
 from .processor import DreamLLMProcessor
 from ...parts.denoising import draw_timesteps
-from ...parts.vision import augment, clip_normalize, random_erase
+from ...parts.vision import augment, clip_normalize, patch_features, random_erase
 from ...sequences import Sequence
 
 # %% ../../../nbs/A5_families.ipynb #ebf5441a
@@ -49,7 +49,9 @@ class CLIPFeatures:
         return clip_normalize(random_erase(torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x), generator))
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model.encode_images(pixels)
+        encoder = self.model.vision_encoder  # its own device: what trains may not be in memory yet
+        with torch.no_grad():
+            return patch_features(encoder, pixels.to(encoder.device, encoder.dtype), self.model.config.vision_layer)
 
     def fingerprint(self) -> str:
         return digest(self.model.config.vision_layer, self.model.vision_encoder)
@@ -77,7 +79,7 @@ class VAEMoments:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         vae = self.model.vae
-        posterior = vae.encode(pixels.to(self.model.device, vae.dtype)).latent_dist
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor
 
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assemble', 'mini', 'mini_processor', 'is_shipped', 'WEIGHT_FILES', 'trained_tensors',
            'frozen', 'load_trained', 'frozen_checksum', 'save_trained', 'check_frozen_parts',
-           'load_mini']
+           'load_mini', 'without_weights', 'load_parts']
 
 # %% ../../../nbs/08_model.ipynb #d815702c
 import inspect
@@ -104,12 +104,14 @@ def from_pretrained(cls: DreamLLMProcessor, name: Path | str, *args, **kwargs) -
 
 # %% ../../../nbs/A4_loading.ipynb #67fc1be9
 from contextlib import suppress
+from typing import Any
+
 
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
 from ...files import finish_saving, read_tensors, write_folder, write_tensors
-from ...parts.loading import weights_checksum
+from ...parts.loading import DrawnLater, replace_parameters, weights_checksum
 
 # %% ../../../nbs/A4_loading.ipynb #bc8b551a
 def trained_tensors(model: DreamLLM) -> dict[str, torch.Tensor]:
@@ -155,12 +157,12 @@ def save_trained(model: DreamLLM, path: Path | str) -> None:
     write_tensors(path, tensors, {"frozen parts": mark} if mark else None)
 
 # %% ../../../nbs/A4_loading.ipynb #d0f72b7c
-def check_frozen_parts(model: DreamLLM, path: Path | str) -> None:
+def check_frozen_parts(model: DreamLLM, path: Path | str, own: str | None = None) -> None:
     """`ValueError` if the weights in the file `path` were trained with other frozen parts than the
     model's: no error would follow, only worse pictures. Files without a checksum, and parts in half
-    precision, are believed."""
+    precision, are believed. `own`: the checksum of the model's parts, if it is known already."""
     with safe_open(path, "pt") as file:
-        stored, own = (file.metadata() or {}).get("frozen parts"), frozen_checksum(model)
+        stored, own = (file.metadata() or {}).get("frozen parts"), own or frozen_checksum(model)
     if stored and own and stored != own:
         raise ValueError(
             f"{path} was trained on other parts (vision encoder, U-Net or VAE); name their folder with --parts"
@@ -239,3 +241,35 @@ def from_pretrained(cls: DreamLLM, name: Path | str, *args, **kwargs) -> DreamLL
         where = {key: kwargs[key] for key in places if key in kwargs}
         model.generation_config = kwargs.get("generation_config") or GenerationConfig.from_pretrained(name, **where)
     return (model, info) if wants_info else model
+
+# %% ../../../nbs/A4_loading.ipynb #5cc9e792
+def without_weights(config: DreamLLMConfig) -> DreamLLM:
+    """A model whose pretrained parts have no memory (device `meta`); its buffers have their values,
+    and queries and projectors are drawn as `DreamLLM(config)` draws them in the same random state."""
+    with DrawnLater() as later:
+        model = DreamLLM(config)
+    for name, child in model.named_children():
+        if name in ("language_model", *model.frozen_parts):
+            replace_parameters(child, lambda p: None if p.is_meta else p.to("meta"))
+        else:
+            replace_parameters(child, lambda p: later.draw(p) if p.is_meta else None)
+    return model.eval()
+
+# %% ../../../nbs/A4_loading.ipynb #bf31bd15
+def load_parts(language: Path | str, vision: Path | str, diffusion: Path | str,
+               local_files_only: bool = True, **options: Any) -> tuple[DreamLLM, dict[str, torch.nn.Module]]:
+    """The same model as `assemble` makes, but `without_weights`, and its pretrained parts, opened:
+    Llama and CLIP in the dtype of their files, U-Net and VAE in float32. The arguments of `assemble`."""
+    offline = {"local_files_only": local_files_only}
+    both = {"torch_dtype": torch.float32, "use_safetensors": True, **offline}
+    parts = {"language_model": load_part(LlamaForCausalLM, language, dtype="auto", **offline),
+             "vision_encoder": load_part(CLIPVisionModel, vision, dtype="auto", **offline),
+             "unet": load_part(UNet2DConditionModel, diffusion, subfolder="unet", **both),
+             "vae": load_part(AutoencoderKL, diffusion, subfolder="vae", **both)}
+    scheduler = DDPMScheduler.from_pretrained(diffusion, subfolder="scheduler", **offline)
+    text, sight = parts["language_model"].config, parts["vision_encoder"].config
+    text.dtype = sight.dtype = torch.float32  # in which they will be trained, whatever their files hold
+    config = DreamLLMConfig(
+        text_config=text, vision_config=sight, unet_config=plain_config(parts["unet"].config),
+        vae_config=plain_config(parts["vae"].config), scheduler_config=plain_config(scheduler.config), **options)
+    return without_weights(config), parts
