@@ -132,7 +132,7 @@ def run(folder: Path, quick: bool, seed: int) -> list[dict]:
 
     torch.set_num_threads(1)
     world = World()
-    refs = [part["picture"] for recipe in load("pairs", "train", world)[:40] for part in recipe["parts"]]
+    refs = [part["picture"] for _, recipe in zip(range(40), load("pairs", "train", world)) for part in recipe["parts"]]
     pictures = [world.picture(ref) for ref in list(dict.fromkeys(filter(None, refs)))[:5]]
     model, processor = DreamLLM.from_pretrained("mini"), mini_processor()
     words = ["fox in OpenMoji style:", "User: What is this?\nAssistant:", "The owl is a bird", "A drawing of"]
