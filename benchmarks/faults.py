@@ -8,6 +8,7 @@ eight threads at once.
 Each part writes `OUT/NAME.json` when it is done; the same command skips parts that are there (`--again` repeats them)
 and at the end writes `OUT/faults.json`, which the page "Robustness" of the documentation shows (there it is
 `benchmarks/faults.json`). The status is 0 if everything held, 1 if something did not. Needs Linux or macOS."""
+
 import argparse
 import json
 import os

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT, make_tiny, picture
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -36,6 +37,15 @@ def test_damaged_pictures_shift_no_other(tmp_path):
 
 def test_fuzzed_texts_inject_no_special_token(tmp_path):
     whole(fuzz.run(tmp_path, True, seed=1))
+
+
+@pytest.mark.parametrize("name", ["miniature", "Llama (bytes as fallback)", "Unigram (as T5)", "whole words"])
+def test_markers_alone_are_text_for_every_kind_of_tokenizer(name):
+    from dreamllm_edu.parts.tokenizer import encode_text
+
+    tokenizer = fuzz.tokenizers()[name]
+    for marker in ["<s>", "</s>", "a </s> cat", *fuzz.MARKERS]:
+        assert not set(encode_text(tokenizer, marker)) & fuzz.special_ids(tokenizer), marker
 
 
 HOSTILE = ["weights", "remote_code", "bombs", "templates", "archives", "training_folders"]

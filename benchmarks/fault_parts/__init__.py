@@ -1,4 +1,5 @@
 """The parts of `benchmarks/faults.py`. Each module has `run(folder, quick, seed)`, which returns rows (`row`)."""
+
 import hashlib
 import os
 import resource

@@ -1,9 +1,11 @@
 """A disk that is full at a random byte: is what was there whole, and does the message say what to do?
 
 Two kinds of full disk. A small file system in memory (tmpfs) whose free space is used up but for a random number of
-pages: this needs the right to mount, as root has it. And a limit of the process (RLIMIT_FSIZE): no file can grow beyond a random
-number of bytes. Each writer writes over what it wrote before. Afterwards the files are either the old ones, bit by bit, or
-the new ones; no other file is left; an error is an `OSError` with a message. Then there is space again, and the same call succeeds."""
+pages: this needs the right to mount, as root has it. And a limit of the process (RLIMIT_FSIZE): no file can grow
+beyond a random number of bytes. Each writer writes over what it wrote before. Afterwards the files are either the
+old ones, bit by bit, or the new ones; no other file is left; an error is an `OSError` with a message. Then there is
+space again, and the same call succeeds."""
+
 import contextlib
 import io
 import random
@@ -74,7 +76,6 @@ class Writer:
 
 def models() -> list[Writer]:
     """Writers of weights, processors and trainings."""
-    from conftest import make_tiny
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from dreamllm_edu.models.dreamllm import DreamLLM, DreamLLMProcessor
@@ -82,6 +83,8 @@ def models() -> list[Writer]:
     from dreamllm_edu.parts.loading import quiet
     from dreamllm_edu.parts.tokenizer import train_tokenizer
     from dreamllm_edu.training.trainer import train_part
+
+    from conftest import make_tiny
 
     pair = [make_tiny(0), make_tiny(1)]
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
@@ -100,10 +103,21 @@ def models() -> list[Writer]:
         def stop(step, trainer):
             if step == 1 and version == 0:
                 raise InterruptedError
+
         loss = lambda m, s, g: {"loss": m(torch.randn(4, 60, generator=g)).square().mean()}
         with contextlib.suppress(InterruptedError if version == 0 else ()):
-            train_part(layer, loss, 4, 1e-3, folder=folder / "run", warmup=1, precision="no", save_every=2,
-                       progress=False, on_step=stop)  # fmt: skip
+            train_part(
+                layer,
+                loss,
+                4,
+                1e-3,
+                folder=folder / "run",
+                warmup=1,
+                precision="no",
+                save_every=2,
+                progress=False,
+                on_step=stop,
+            )
         folder.joinpath("run").mkdir(exist_ok=True)
         if version == 1 and not torch.equal(layer.weight, uninterrupted()):
             raise AssertionError("the resumed training ends with other weights")
@@ -125,22 +139,28 @@ def models() -> list[Writer]:
 
     return [
         Writer("model.save_pretrained", save_model, lambda folder: DreamLLM.from_pretrained(folder / "model")),
-        Writer("processor.save_pretrained", lambda folder, version: processors[version].save_pretrained(folder / "p"),
-               lambda folder: DreamLLMProcessor.from_pretrained(folder / "p")),  # fmt: skip
-        Writer("save_trained", lambda folder, version: save_trained(pair[version], folder / "t.safetensors"),
-               lambda folder: load_trained(make_tiny(2), folder / "t.safetensors")),  # fmt: skip
+        Writer(
+            "processor.save_pretrained",
+            lambda folder, version: processors[version].save_pretrained(folder / "p"),
+            lambda folder: DreamLLMProcessor.from_pretrained(folder / "p"),
+        ),
+        Writer(
+            "save_trained",
+            lambda folder, version: save_trained(pair[version], folder / "t.safetensors"),
+            lambda folder: load_trained(make_tiny(2), folder / "t.safetensors"),
+        ),
         Writer("a training's checkpoint", train, read_run),
     ]
 
 
 def documents(folder: Path) -> list[Writer]:
     """Writers of documents and of stored features. `folder`: for what they read, on a disk that has space."""
-    from conftest import make_tiny, picture
-
     from dreamllm_edu.documents.document import Document
     from dreamllm_edu.documents.formats import read_jsonl, write_jsonl
     from dreamllm_edu.parts.loading import quiet
     from dreamllm_edu.training.features import FeatureStore
+
+    from conftest import make_tiny, picture
 
     pages = [[Document([f"page {i}", picture(10 * version + i)]) for i in range(4)] for version in (0, 1)]
     model = make_tiny()
@@ -153,7 +173,9 @@ def documents(folder: Path) -> list[Writer]:
 
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     tokenizer = train_tokenizer(["a red cat in Noto style:"] * 4, 300)
-    DreamLLMProcessor(images, tokenizer, num_queries=4, num_patches=16, max_length=256).save_pretrained(folder / "model")
+    DreamLLMProcessor(images, tokenizer, num_queries=4, num_patches=16, max_length=256).save_pretrained(
+        folder / "model"
+    )
     for version in (0, 1):
         write_jsonl(pages[version], folder / f"prompt-{version}.jsonl")
 
@@ -162,8 +184,18 @@ def documents(folder: Path) -> list[Writer]:
 
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            code = main(["generate", str(folder / f"prompt-{version}.jsonl"), "--model", str(folder / "model"),
-                         "--out", str(out / f"page{ending_of(out)}"), "--max-new-tokens", "1"])  # fmt: skip
+            code = main(
+                [
+                    "generate",
+                    str(folder / f"prompt-{version}.jsonl"),
+                    "--model",
+                    str(folder / "model"),
+                    "--out",
+                    str(out / f"page{ending_of(out)}"),
+                    "--max-new-tokens",
+                    "1",
+                ]
+            )
         if code:
             last = said.getvalue().strip().splitlines()[-1]
             raise OSError(last) if code == 1 and last.startswith("dreamllm-edu:") else AssertionError(last)
@@ -195,8 +227,10 @@ def documents(folder: Path) -> list[Writer]:
         if n[0] != 8 or n[1] not in (0, 8):
             raise AssertionError(f"of 8 old and 8 new pictures {n} are found")
 
-    return [Writer("generate --out page.html, .md or .jsonl", generate, read_page),
-            Writer("feature store", store, read_store)]  # fmt: skip
+    return [
+        Writer("generate --out page.html, .md or .jsonl", generate, read_page),
+        Writer("feature store", store, read_store),
+    ]
 
 
 def attempt(writer: Writer, out: Path, full: Callable) -> tuple[str, str | None]:
@@ -260,15 +294,24 @@ def run(folder: Path, quick: bool, seed: int) -> list[dict]:
                     left = dice.randrange(int((total if kind == "small disk" else largest) * 1.2))
                     out = (disk.folder if kind == "small disk" else folder) / f"{kind[:5]}-{i}"
                     out.mkdir()
-                    full = (lambda left=left: disk.full_but(left)) if kind == "small disk" else (
-                        lambda left=left: file_limit(left))  # fmt: skip
+                    full = (
+                        (lambda left=left: disk.full_but(left))
+                        if kind == "small disk"
+                        else (lambda left=left: file_limit(left))
+                    )
                     ending, wrong = attempt(writer, out, full)
                     refused += ending == "refused"
                     misses += [f"{left} bytes free: {wrong}"] if wrong else []
                     shutil.rmtree(out)
                 what = "a small file system, full" if kind == "small disk" else "no file beyond a limit"
-                rows.append(row(f"{writer.name}: {what} at a random byte, nothing lost", moments, misses,
-                                f"{refused} refused, {moments - refused} had space enough"))  # fmt: skip
+                rows.append(
+                    row(
+                        f"{writer.name}: {what} at a random byte, nothing lost",
+                        moments,
+                        misses,
+                        f"{refused} refused, {moments - refused} had space enough",
+                    )
+                )
     finally:
         if disk:
             disk.close()

@@ -1,8 +1,10 @@
-"""10,000 fuzzed texts and files, by hypothesis with a fixed seed: no special token is injected, what promises to come back
-comes back, and nothing but a `ValueError` with a message is raised.
+"""10,000 fuzzed texts and files, by hypothesis with a fixed seed: no special token is injected, what promises to come
+back comes back, and nothing but a `ValueError` with a message is raised.
 
-The texts mix any Unicode (also halves of surrogate pairs) with markers of five tokenizers: whole, nested, cut, in other case, with
-zero-width characters inside, and escaped. A failing example is shrunk by hypothesis and stands among the misses."""
+The texts mix any Unicode (also halves of surrogate pairs) with markers of five tokenizers: whole, nested, cut, in
+other case, with zero-width characters inside, and escaped. A failing example is shrunk by hypothesis and stands
+among the misses."""
+
 import html.parser
 import json
 from collections.abc import Callable
@@ -13,10 +15,47 @@ from hypothesis import strategies as st
 
 from . import row
 
-MARKERS = ["<pad>", "<s>", "</s>", "<unk>", "<dream>", "<dream_start>", "<dream_query>", "<dream_end>", "<image_start>", "<image_patch>",
-           "<image_end>", "<image>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<<SYS>>", "[CLS]", "[SEP]",
-           "[PAD]", "[MASK]", "[UNK]", "<mask>", "<0x0A>", "<extra_id_0>", "\u2581", "\u2581</s>", "User:", "\nAssistant:",
-           "{{ x }}", "{% x %}", "\0", "![](a.png)", "![", "](", "\\<dream>", "\\\\<dream>", "&lt;s&gt;"]  # fmt: skip
+MARKERS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<dream>",
+    "<dream_start>",
+    "<dream_query>",
+    "<dream_end>",
+    "<image_start>",
+    "<image_patch>",
+    "<image_end>",
+    "<image>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "[CLS]",
+    "[SEP]",
+    "[PAD]",
+    "[MASK]",
+    "[UNK]",
+    "<mask>",
+    "<0x0A>",
+    "<extra_id_0>",
+    "\u2581",
+    "\u2581</s>",
+    "User:",
+    "\nAssistant:",
+    "{{ x }}",
+    "{% x %}",
+    "\0",
+    "![](a.png)",
+    "![",
+    "](",
+    "\\<dream>",
+    "\\\\<dream>",
+    "&lt;s&gt;",
+]
 ZERO = ["\u200b", "\u200d", "\ufeff", "\u2060", "\u00ad", "\u0301", "\u202e"]
 
 
@@ -26,14 +65,24 @@ def markers(draw) -> str:
     marker, other = draw(st.sampled_from(MARKERS)), draw(st.sampled_from(MARKERS))
     at = draw(st.integers(0, len(marker)))
     way = draw(st.integers(0, 8))
-    return [marker, marker.upper(), marker[:at] + other + marker[at:], marker[:at], marker[at:],
-            marker[:at] + draw(st.sampled_from(ZERO)) + marker[at:], marker + marker, marker.swapcase() + " ",
-            "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in marker)][way]  # fmt: skip
+    return [
+        marker,
+        marker.upper(),
+        marker[:at] + other + marker[at:],
+        marker[:at],
+        marker[at:],
+        marker[:at] + draw(st.sampled_from(ZERO)) + marker[at:],
+        marker + marker,
+        marker.swapcase() + " ",
+        "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in marker),
+    ][way]
 
 
 def texts(surrogates: bool = False) -> st.SearchStrategy[str]:
     characters = st.characters() if surrogates else st.characters(exclude_categories=["Cs"])
-    pieces = st.one_of(st.text(characters, max_size=12), markers(), st.sampled_from([" ", "\n", "\r\n", "\u2028", "a cat"]))
+    pieces = st.one_of(
+        st.text(characters, max_size=12), markers(), st.sampled_from([" ", "\n", "\r\n", "\u2028", "a cat"])
+    )
     return st.lists(pieces, max_size=8).map("".join)
 
 
@@ -49,8 +98,13 @@ class Fuzzer:
         count, misses, n = [0], [], n // 50 if self.quick else n
 
         @seed(self.seed)
-        @settings(max_examples=n, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @settings(
+            max_examples=n,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
         @given(strategy)
         def run(example):
             count[0] += 1
@@ -88,19 +142,46 @@ def tokenizers() -> dict:
         made.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
         return made
 
-    llama = Tokenizer(models.BPE(
-        {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *letters, "<"
-                                     if "<" not in letters else "\u2581a"])},
-        [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # fmt: skip
+    llama = Tokenizer(
+        models.BPE(
+            {
+                t: i
+                for i, t in enumerate(
+                    [
+                        "<unk>",
+                        "<s>",
+                        "</s>",
+                        *(f"<0x{b:02X}>" for b in range(256)),
+                        "\u2581",
+                        *letters,
+                        "<" if "<" not in letters else "\u2581a",
+                    ]
+                )
+            },
+            [],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
     llama.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    llama.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                       decoders.Strip(" ", 1, 0)])  # fmt: skip
-    words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "a", "cat"])}, unk_token="<unk>"))
+    llama.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    words = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "a", "cat"])}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in ["\u2581", *letters])], 0))
+    unigram = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in ["\u2581", *letters])], 0)
+    )
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    return {"miniature": read_tokenizer(WEIGHTS / "mini" / "tokenizer"), "Llama (bytes as fallback)": fast(llama),
-            "Unigram (as T5)": fast(unigram), "whole words": fast(words)}  # fmt: skip
+    return {
+        "miniature": read_tokenizer(WEIGHTS / "mini" / "tokenizer"),
+        "Llama (bytes as fallback)": fast(llama),
+        "Unigram (as T5)": fast(unigram),
+        "whole words": fast(words),
+    }
 
 
 def special_ids(tokenizer) -> set[int]:
@@ -120,8 +201,13 @@ def texts_row(fuzzer: Fuzzer) -> None:
             if name == "miniature" and ids is not None:
                 assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text, "the text does not come back"
 
-        fuzzer.check(f"texts through the tokenizer '{name}': no special token", 1000, texts(surrogates=name == "miniature"),
-                     no_token, "the text comes back" if name == "miniature" else "")  # fmt: skip
+        fuzzer.check(
+            f"texts through the tokenizer '{name}': no special token",
+            1000,
+            texts(surrogates=name == "miniature"),
+            no_token,
+            "the text comes back" if name == "miniature" else "",
+        )
 
 
 def processor_rows(fuzzer: Fuzzer) -> None:
@@ -145,10 +231,18 @@ def processor_rows(fuzzer: Fuzzer) -> None:
             ids = processor(made, add_eos=False)["input_ids"][0].tolist()
             assert [i for i in ids if i in special] == [layout.id["<s>"]], "a special token in a conversation"
 
-    fuzzer.check("texts in documents: <s> and </s> are the only special tokens", 1000,
-                 st.lists(texts(surrogates=True), max_size=4), document)  # fmt: skip
-    fuzzer.check("texts in conversations: <s> is the only special token", 1000,
-                 st.lists(texts(surrogates=True), min_size=1, max_size=4), conversation)  # fmt: skip
+    fuzzer.check(
+        "texts in documents: <s> and </s> are the only special tokens",
+        1000,
+        st.lists(texts(surrogates=True), max_size=4),
+        document,
+    )
+    fuzzer.check(
+        "texts in conversations: <s> is the only special token",
+        1000,
+        st.lists(texts(surrogates=True), min_size=1, max_size=4),
+        conversation,
+    )
 
 
 def joined(parts: list) -> list:
@@ -204,22 +298,56 @@ def format_rows(fuzzer: Fuzzer, folder: Path) -> None:
     fuzzer.check("documents to HTML: no tag, no script from a text", 500, parts, page)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | texts(surrogates=True),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3), max_leaves=8)  # fmt: skip
-PART = st.fixed_dictionaries({}, optional={"text": texts(True) | JSON, "picture": texts(True) | JSON, "dream": st.just(True) | JSON})
-DOCUMENT = st.fixed_dictionaries({}, optional={"parts": st.lists(PART | JSON, max_size=4) | JSON, "given": st.integers(-2, 5) | JSON})
-TALK = st.fixed_dictionaries({}, optional={"image": texts() | st.lists(texts(), max_size=2) | JSON, "conversations": st.lists(
-    st.fixed_dictionaries({}, optional={"from": st.sampled_from(["human", "gpt"]) | JSON, "value": texts(True) | JSON}),
-    max_size=4) | JSON})  # fmt: skip
-PAGE = st.fixed_dictionaries({}, optional={"text_list": st.lists(texts(True), max_size=3) | JSON, "image_info": st.lists(
-    st.fixed_dictionaries({}, optional={"image_name": texts() | JSON, "matched_text_index": st.integers(-1, 3) | JSON,
-                                        "matched_sim": st.floats() | JSON}), max_size=3) | JSON})  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts(surrogates=True),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3),
+    max_leaves=8,
+)
+PART = st.fixed_dictionaries(
+    {}, optional={"text": texts(True) | JSON, "picture": texts(True) | JSON, "dream": st.just(True) | JSON}
+)
+DOCUMENT = st.fixed_dictionaries(
+    {}, optional={"parts": st.lists(PART | JSON, max_size=4) | JSON, "given": st.integers(-2, 5) | JSON}
+)
+TALK = st.fixed_dictionaries(
+    {},
+    optional={
+        "image": texts() | st.lists(texts(), max_size=2) | JSON,
+        "conversations": st.lists(
+            st.fixed_dictionaries(
+                {}, optional={"from": st.sampled_from(["human", "gpt"]) | JSON, "value": texts(True) | JSON}
+            ),
+            max_size=4,
+        )
+        | JSON,
+    },
+)
+PAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "text_list": st.lists(texts(True), max_size=3) | JSON,
+        "image_info": st.lists(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "image_name": texts() | JSON,
+                    "matched_text_index": st.integers(-1, 3) | JSON,
+                    "matched_sim": st.floats() | JSON,
+                },
+            ),
+            max_size=3,
+        )
+        | JSON,
+    },
+)
 
 
 def spoiled(rows: st.SearchStrategy) -> st.SearchStrategy[bytes]:
     """Lines of JSON, some with bytes cut out or changed."""
     line = rows.map(lambda value: json.dumps(value).encode())
-    cut = st.tuples(line, st.integers(0, 200), st.binary(max_size=4)).map(lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + 2 :])
+    cut = st.tuples(line, st.integers(0, 200), st.binary(max_size=4)).map(
+        lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + 2 :]
+    )
     return st.lists(line | line | cut, max_size=4).map(b"\n".join)
 
 
@@ -243,6 +371,7 @@ def file_rows(fuzzer: Fuzzer, folder: Path) -> None:
             path = folder / f"prompt{ending}"
             path.write_bytes(data)
             only_value_error(lambda: read_prompts(path))
+
         return read
 
     def corpus(name, make):
@@ -253,17 +382,37 @@ def file_rows(fuzzer: Fuzzer, folder: Path) -> None:
                     assert len(str(record).split()) > 2
                 else:
                     only_value_error(record.document)
+
         return read
 
-    anything = st.binary(max_size=60) | texts().map(lambda text: text.encode()) | texts().map(lambda text: text.encode("utf-16"))
+    anything = (
+        st.binary(max_size=60)
+        | texts().map(lambda text: text.encode())
+        | texts().map(lambda text: text.encode("utf-16"))
+    )
     fuzzer.check("any text read as Markdown", 1000, texts(surrogates=True), markdown, "read, or refused with a message")
     fuzzer.check("any bytes as a Markdown file", 500, anything, file(".md"), "read, or refused with a message")
-    fuzzer.check("any JSON and any bytes as a JSONL file", 1500, spoiled(DOCUMENT | JSON) | anything, file(".jsonl"),
-                 "read, or refused with a message")  # fmt: skip
-    fuzzer.check("any JSON and any bytes as a shard of LLaVA", 250, spoiled(TALK | JSON) | anything, corpus("a.json", llava),
-                 "read, or refused record by record")  # fmt: skip
-    fuzzer.check("any JSON and any bytes as a shard of MMC4", 250, spoiled(PAGE | JSON) | anything, corpus("a.jsonl", mmc4),
-                 "read, or refused record by record")  # fmt: skip
+    fuzzer.check(
+        "any JSON and any bytes as a JSONL file",
+        1500,
+        spoiled(DOCUMENT | JSON) | anything,
+        file(".jsonl"),
+        "read, or refused with a message",
+    )
+    fuzzer.check(
+        "any JSON and any bytes as a shard of LLaVA",
+        250,
+        spoiled(TALK | JSON) | anything,
+        corpus("a.json", llava),
+        "read, or refused record by record",
+    )
+    fuzzer.check(
+        "any JSON and any bytes as a shard of MMC4",
+        250,
+        spoiled(PAGE | JSON) | anything,
+        corpus("a.jsonl", mmc4),
+        "read, or refused record by record",
+    )
 
 
 def run(folder: Path, quick: bool, seed: int) -> list[dict]:

@@ -1,8 +1,9 @@
 """Hostile checkpoints, tokenizers, corpora and training folders: does any code of theirs run, and is the error clear?
 
-Every case is opened in a process of its own, which may add 3 GiB of memory and take two minutes. A payload that runs leaves a file,
-the canary. An error is clear if it is a `ValueError` or an `OSError` (the command line prints both as one line, without
-a traceback) whose message has at least three words."""
+Every case is opened in a process of its own, which may add 3 GiB of memory and take two minutes. A payload that runs
+leaves a file, the canary. An error is clear if it is a `ValueError` or an `OSError` (the command line prints both as
+one line, without a traceback) whose message has at least three words."""
+
 import io
 import json
 import pickle
@@ -72,7 +73,9 @@ def plant_code(folder: Path, canary: Path) -> None:
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
     auto = {name: "hostile.Model" for name in names} | {"AutoTokenizer": ["hostile.Model", "hostile.Model"]}
     for path in folder.glob("*config.json"):
-        changed(path, lambda made: made.update(auto_map=auto, trust_remote_code=True, custom_pipelines={"x": "hostile"}))
+        changed(
+            path, lambda made: made.update(auto_map=auto, trust_remote_code=True, custom_pipelines={"x": "hostile"})
+        )
 
 
 ESCAPE = "{{{{ ().__class__.__base__.__subclasses__()|map(attribute='__init__') }}}}{{{{ cycler.__init__.__globals__.os.system('touch {}') }}}}"  # noqa: E501
@@ -82,11 +85,12 @@ class Cases:
     """All cases: `add(kind, name, job)`, where `job()` opens what is hostile and returns nothing, or raises."""
 
     def __init__(self, folder: Path):
-        from conftest import make_tiny
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         from dreamllm_edu.models.dreamllm import DreamLLMProcessor
         from dreamllm_edu.parts.tokenizer import train_tokenizer
+
+        from conftest import make_tiny
 
         self.folder, self.all, self.count = folder, [], 0
         self.canary = folder / "canary"
@@ -118,6 +122,7 @@ class Cases:
 
 def command(*words: object) -> Callable[[], object]:
     """A job that runs the command line; its status 1 is an error with a message in one line, as it should be."""
+
     def job():
         import contextlib
 
@@ -128,6 +133,7 @@ def command(*words: object) -> Callable[[], object]:
             code = main([str(word) for word in words])
         if code:
             raise ValueError(said.getvalue().strip().splitlines()[-1])
+
     return job
 
 
@@ -158,15 +164,19 @@ def weights(cases: Cases) -> None:
         cases.add(kind, f"pytorch_model.bin: {name}", lambda folder=folder: DreamLLM.from_pretrained(folder))
         document = folder / "a.md"
         document.write_text("a cat")
-        cases.add(kind, f"generate --model, pytorch_model.bin: {name}",
-                  command("generate", document, "--model", folder, "--out", folder / "a.html"))  # fmt: skip
+        cases.add(
+            kind,
+            f"generate --model, pytorch_model.bin: {name}",
+            command("generate", document, "--model", folder, "--out", folder / "a.html"),
+        )
     folder = cases.checkpoint()
     data = (folder / "model.safetensors").read_bytes()
     outside = cases.place() / "outside.safetensors"
     outside.write_bytes(data)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": {"w": f"../{outside.parent.name}/outside.safetensors"}}))
+        json.dumps({"metadata": {}, "weight_map": {"w": f"../{outside.parent.name}/outside.safetensors"}})
+    )
     cases.add(kind, "an index that leads out of the folder", lambda: DreamLLM.from_pretrained(folder), refused=False)
 
 
@@ -185,7 +195,8 @@ def remote_code(cases: Cases) -> None:
         "tokenizer": read_tokenizer,
         "language part, tokenizer": lambda folder: AutoTokenizer.from_pretrained(folder, local_files_only=True),
         "parts of a recipe": lambda folder: DreamLLMFamily.build(
-            "paper", {"language": str(folder), "vision": str(folder), "diffusion": str(folder)}),
+            "paper", {"language": str(folder), "vision": str(folder), "diffusion": str(folder)}
+        ),
     }.items():
         folder = cases.checkpoint()
         plant_code(folder, cases.canary)
@@ -200,7 +211,9 @@ def remote_code(cases: Cases) -> None:
     cases.add(kind, "model of an unknown type", lambda: DreamLLM.from_pretrained(other))
     recipe = cases.place() / "recipe.yaml"
     recipe.write_text(f"stages: !!python/object/apply:os.system ['touch {cases.canary}']\n")
-    cases.add(kind, "a recipe with a Python object", command("train", "--recipe", recipe, "--out", recipe.parent / "out"))
+    cases.add(
+        kind, "a recipe with a Python object", command("train", "--recipe", recipe, "--out", recipe.parent / "out")
+    )
 
 
 def bombs(cases: Cases) -> None:
@@ -224,23 +237,33 @@ def bombs(cases: Cases) -> None:
         folder = cases.checkpoint()
         changed(folder / "config.json", change)
         # a longer context than the weights need changes no tensor: it may load
-        cases.add(kind, f"config.json: {name}", lambda folder=folder: DreamLLM.from_pretrained(folder),
-                  refused="context" not in name)  # fmt: skip
+        cases.add(
+            kind,
+            f"config.json: {name}",
+            lambda folder=folder: DreamLLM.from_pretrained(folder),
+            refused="context" not in name,
+        )
     deep = "[" * 100_000 + "]" * 100_000
     tokenizers = {
-        "no JSON": lambda text: text[:100], "a list": lambda text: "[]", "deep": lambda text: deep,
+        "no JSON": lambda text: text[:100],
+        "a list": lambda text: "[]",
+        "deep": lambda text: deep,
         "numbers out of range": lambda text: text.replace('"id":1,', '"id":99999999999999999999,').replace(
-            '"id": 1,', '"id": 99999999999999999999,'),
+            '"id": 1,', '"id": 99999999999999999999,'
+        ),
         "unknown model": lambda text: text.replace('"BPE"', '"Exec"'),
         "without special tokens": lambda text: json.dumps({**json.loads(text), "added_tokens": []}),
-    }  # fmt: skip
+    }
     for name, change in tokenizers.items():
         folder = cases.checkpoint()
         path = folder / "tokenizer.json"
         path.write_text(change(path.read_text()))
-        cases.add(kind, f"tokenizer.json: {name}",
-                  lambda folder=folder: DreamLLMProcessor.from_pretrained(folder).layout,
-                  refused=name not in ("without special tokens",))  # fmt: skip
+        cases.add(
+            kind,
+            f"tokenizer.json: {name}",
+            lambda folder=folder: DreamLLMProcessor.from_pretrained(folder).layout,
+            refused=name not in ("without special tokens",),
+        )
     for file in ("config.json", "tokenizer_config.json", "processor_config.json"):
         folder = cases.checkpoint()
         (folder / file).write_text(deep)
@@ -254,15 +277,22 @@ def templates(cases: Cases) -> None:
 
     kind = "chat templates that reach for Python's own classes"
     talk = [{"role": "user", "content": "hello"}]
-    for name, place in (("tokenizer", "tokenizer_config.json"), ("file", "chat_template.jinja"),
-                        ("processor", "processor_config.json")):  # fmt: skip
+    for name, place in (
+        ("tokenizer", "tokenizer_config.json"),
+        ("file", "chat_template.jinja"),
+        ("processor", "processor_config.json"),
+    ):
         folder, text = cases.checkpoint(), ESCAPE.format(cases.canary)
         if place.endswith(".jinja"):
             (folder / place).write_text(text)
         else:
             changed(folder / place, lambda made, text=text: made.update(chat_template=text))
-        cases.add(kind, f"{name}: the processor's template", lambda folder=folder: DreamLLMProcessor.from_pretrained(
-            folder).apply_chat_template(talk), refused=False)  # fmt: skip
+        cases.add(
+            kind,
+            f"{name}: the processor's template",
+            lambda folder=folder: DreamLLMProcessor.from_pretrained(folder).apply_chat_template(talk),
+            refused=False,
+        )
 
         def by_tokenizer(folder=folder):
             processor = DreamLLMProcessor.from_pretrained(folder)
@@ -292,8 +322,15 @@ def archives(cases: Cases) -> None:
                     raise record
                 record.document()
 
-    names = {"../": "../secret.png", "absolute": str(secret), "deep": "a/../../secret.png", "back": "..\\secret.png",
-             "URL": f"file://{secret}", "none": "", "null": "a\0b"}  # fmt: skip
+    names = {
+        "../": "../secret.png",
+        "absolute": str(secret),
+        "deep": "a/../../secret.png",
+        "back": "..\\secret.png",
+        "URL": f"file://{secret}",
+        "none": "",
+        "null": "a\0b",
+    }
     for name, path in names.items():
         folder = cases.place()
         (folder / "images").mkdir()
@@ -318,8 +355,11 @@ def archives(cases: Cases) -> None:
         cases.add(kind, f"a tar with links: {name}", lambda folder=folder: read(laion("laion", folder / "a.tar")))
         page = {"text_list": ["a cat"], "image_info": [{"image_name": "1.png", "matched_text_index": 0}]}
         (folder / "a.jsonl").write_text(json.dumps(page) + "\n")
-        cases.add(kind, f"MMC4's pictures in a tar with links: {name}",
-                  lambda folder=folder: read(mmc4("mmc4", folder / "a.jsonl", folder / "a.tar")))  # fmt: skip
+        cases.add(
+            kind,
+            f"MMC4's pictures in a tar with links: {name}",
+            lambda folder=folder: read(mmc4("mmc4", folder / "a.jsonl", folder / "a.tar")),
+        )
     folder = cases.place()
     with zipfile.ZipFile(folder / "a.jsonl.zip", "w") as archive:
         archive.writestr("../../../evil.jsonl", "{}\n")
@@ -363,9 +403,20 @@ def training_folders(cases: Cases) -> None:
         def on_step(step, trainer):
             if step == stop:
                 raise MemoryError
+
         loss = lambda m, s, g: {"loss": m(torch.randn(3, 2, generator=g)).square().mean()}
-        return train_part(torch.nn.Linear(2, 2), loss, 4, 1e-2, folder=folder, warmup=1, precision="no", save_every=1,
-                          progress=False, on_step=on_step)  # fmt: skip
+        return train_part(
+            torch.nn.Linear(2, 2),
+            loss,
+            4,
+            1e-2,
+            folder=folder,
+            warmup=1,
+            precision="no",
+            save_every=1,
+            progress=False,
+            on_step=on_step,
+        )
 
     def stopped() -> Path:
         folder = cases.place()
@@ -392,8 +443,12 @@ def training_folders(cases: Cases) -> None:
         files = {path.name: [path.stat().st_size, checksum(path)]}
         changed(step / "manifest.json", lambda made, files=files: made.update(files=files))
         cases.add(kind, f"tensors, with the right checksum: {name}", lambda folder=folder: train(folder))
-    for name, shares in {"no JSON": "x", "a list": "[1]", "wrong places": '{"model/weight": [0, 99, [2, 2]]}',
-                         "deep": "[" * 100_000}.items():  # fmt: skip
+    for name, shares in {
+        "no JSON": "x",
+        "a list": "[1]",
+        "wrong places": '{"model/weight": [0, 99, [2, 2]]}',
+        "deep": "[" * 100_000,
+    }.items():
         folder = stopped()
         step = next(folder.glob("step-*"))
         path = step / "rank-00000.safetensors"
@@ -403,8 +458,14 @@ def training_folders(cases: Cases) -> None:
         files = {path.name: [path.stat().st_size, checksum(path)]}
         changed(step / "manifest.json", lambda made, files=files: made.update(files=files))
         cases.add(kind, f"places of the tensors: {name}", lambda folder=folder: train(folder))
-    for name, text in {"a list": "[1]\n", "a number": "3\n", "no step": "{}\n", "deep": "[" * 100_000 + "\n",
-                       "step is text": '{"step": "x"}\n', "bytes": "\x00\x01\n"}.items():  # fmt: skip
+    for name, text in {
+        "a list": "[1]\n",
+        "a number": "3\n",
+        "no step": "{}\n",
+        "deep": "[" * 100_000 + "\n",
+        "step is text": '{"step": "x"}\n',
+        "bytes": "\x00\x01\n",
+    }.items():
         folder = stopped()
         (folder / "log.jsonl").write_text(text)
         cases.add(kind, f"log: {name}", lambda folder=folder: train(folder), refused=False)
@@ -424,7 +485,10 @@ def judge(said: str, refused: bool, ran: bool, moved: bool) -> str | None:
     if said.startswith(("TIMEOUT", "DIED")):
         return said
     kind, _, message = said.removeprefix("ERROR ").partition(": ")
-    clear = kind in ("ValueError", "OSError", "Broken", "FileNotFoundError", "UnicodeDecodeError") and len(message.split()) > 2
+    clear = (
+        kind in ("ValueError", "OSError", "Broken", "FileNotFoundError", "UnicodeDecodeError")
+        and len(message.split()) > 2
+    )
     return None if clear else f"{kind}: {message[:160]}"
 
 
@@ -432,6 +496,7 @@ def opened(job: Callable[[], object]) -> Callable[[], str]:
     def run() -> str:
         job()
         return "loaded"
+
     return run
 
 
@@ -461,9 +526,11 @@ def run(folder: Path, quick: bool, seed: int) -> list[dict]:
     if quick:
         cases.all = cases.all[::6]
     rows = {}
-    for kind, name, wrong, said in results(cases):
+    for kind, name, wrong, _ in results(cases):
         tried, misses = rows.setdefault(kind, ([], []))
         tried.append(name)
         if wrong:
             misses.append(f"{name}: {wrong}")
-    return [row(f"{kind}: no code ran, the error is clear", len(tried), misses) for kind, (tried, misses) in rows.items()]
+    return [
+        row(f"{kind}: no code ran, the error is clear", len(tried), misses) for kind, (tried, misses) in rows.items()
+    ]

@@ -1,10 +1,12 @@
 """`kill -9` at random moments: does the same command end with the same weights, bit by bit?
 
-`train` and `pretrain` run as processes of their own, with few steps and a checkpoint after each or each second. One run is left alone. Then
-runs are killed: at a random moment of the start-up, of the steps, or as soon as a save has begun (a `.part` is there), by
-turns. After each kill the same command is started again in the same folder, and killed again or left to finish; every third is left.
-A kill holds if the run that follows from it ends with the files of the run that was left alone: weights, last checkpoint, losses
-of every step. A third line kills a small training, which saves after every step, many more times: most hit a save."""
+`train` and `pretrain` run as processes of their own, with few steps and a checkpoint after each or each second. One
+run is left alone. Then runs are killed: at a random moment of the start-up, of the steps, or as soon as a save has
+begun (a `.part` is there), by turns. After each kill the same command is started again in the same folder, and
+killed again or left to finish; every third is left. A kill holds if the run that follows from it ends with the files
+of the run that was left alone: weights, last checkpoint, losses of every step. A third line kills a small training,
+which saves after every step, many more times: most hit a save."""
+
 import json
 import os
 import random
@@ -19,19 +21,52 @@ import torch
 
 from . import ROOT, in_fork, row
 
-TRAIN = ["-m", "dreamllm_edu.train", "--stage", "1", "--steps", "6", "--batch", "8", "--lanes", "4", "--save-every", "1",
-         "--precision", "no", "--no-store", "--trackers"]  # fmt: skip
+TRAIN = [
+    "-m",
+    "dreamllm_edu.train",
+    "--stage",
+    "1",
+    "--steps",
+    "6",
+    "--batch",
+    "8",
+    "--lanes",
+    "4",
+    "--save-every",
+    "1",
+    "--precision",
+    "no",
+    "--no-store",
+    "--trackers",
+]
 # `pretrain` has no option for it: a checkpoint after each second step instead of each 500th
-PRETRAIN = ["-c", "import functools, sys; from dreamllm_edu import pretraining as p; from dreamllm_edu.app.cli import main; "
-            "p.train_part = functools.partial(p.train_part, save_every=2); sys.exit(main())",
-            "pretrain", "language", "--steps", "8"]  # fmt: skip
+PRETRAIN = [
+    "-c",
+    "import functools, sys; from dreamllm_edu import pretraining as p; from dreamllm_edu.app.cli import main; "
+    "p.train_part = functools.partial(p.train_part, save_every=2); sys.exit(main())",
+    "pretrain",
+    "language",
+    "--steps",
+    "8",
+]
 
 
 def start(words: list[str], cwd: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                   "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    return subprocess.Popen([sys.executable, *words], cwd=cwd, env=environment, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def train_words(out: Path) -> list[str]:
@@ -112,7 +147,7 @@ def kill(process: subprocess.Popen) -> bool:
 
 
 def killed_runs(words: Callable, folder: Path, prepare: Callable, kills: int, dice: random.Random) -> Iterator[tuple]:
-    """For each chain of kills and the run that is left to finish: (moments, whether a save was cut off, what is wrong)."""
+    """For each chain of kills and the run that is left to finish: (moments, saves that were cut off, what is wrong)."""
     whole = folder / "whole"
     whole.mkdir(parents=True)
     prepare(whole)
@@ -154,8 +189,12 @@ def command_row(name: str, words: Callable, prepare: Callable, folder: Path, kil
     for chain, half, wrong in killed_runs(words, folder, prepare, kills, dice):
         tried, cut, runs = tried + len(chain), cut + half, runs + 1
         misses += [wrong] * len(chain) if wrong else []
-    return row(f"kill -9 of {name}: continued to the same bits", tried, misses,
-               f"{runs} runs, killed up to three times each; {cut} kills cut a save off")  # fmt: skip
+    return row(
+        f"kill -9 of {name}: continued to the same bits",
+        tried,
+        misses,
+        f"{runs} runs, killed up to three times each; {cut} kills cut a save off",
+    )
 
 
 def small_training(folder: Path) -> str:
@@ -165,8 +204,9 @@ def small_training(folder: Path) -> str:
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(400, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 400))
     loss = lambda m, s, g: {"loss": m(torch.randn(2, 400, generator=g)).square().mean()}
-    train_part(network, loss, 12, 1e-3, folder=folder, warmup=1, ema_decay=0.9, precision="no", save_every=1,
-               progress=False)  # fmt: skip
+    train_part(
+        network, loss, 12, 1e-3, folder=folder, warmup=1, ema_decay=0.9, precision="no", save_every=1, progress=False
+    )
     return "done"
 
 
@@ -194,8 +234,12 @@ def small_row(folder: Path, kills: int, dice: random.Random) -> dict:
         wrong = wrong or difference(end_of(out), expected)
         misses += [f"run {number}, killed {hits} times: {wrong}"] * hits if wrong else []
         done += hits
-    return row("kill -9 of a small training that saves after every step: continued to the same bits", done, misses,
-               f"{cut} kills cut a save off")  # fmt: skip
+    return row(
+        "kill -9 of a small training that saves after every step: continued to the same bits",
+        done,
+        misses,
+        f"{cut} kills cut a save off",
+    )
 
 
 def run(folder: Path, quick: bool, seed: int) -> list[dict]:

@@ -1,8 +1,10 @@
 """1,000 damaged and odd pictures in documents, corpora and training: each is read or refused, none shifts another.
 
-Every picture shows its own number as a code of black and white fields, and the text beside it says the number. After reading, the
-number in the picture has to be that of the text; for pictures whose bytes were changed (where a code may be damaged) the
-pixels have to be those of the same bytes opened alone. A third of the pictures in each document, page and conversation is sound."""
+Every picture shows its own number as a code of black and white fields, and the text beside it says the number. After
+reading, the number in the picture has to be that of the text; for pictures whose bytes were changed (where a code
+may be damaged) the pixels have to be those of the same bytes opened alone. A third of the pictures in each document,
+page and conversation is sound."""
+
 import base64
 import io
 import json
@@ -59,7 +61,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 def png_claiming(width: int, height: int, rows: bytes = b"") -> bytes:
     """A PNG whose header claims a size; `rows` is what its compressed data unpacks to."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
 
 
 def flipped(data: bytes, dice: random.Random) -> bytes:
@@ -98,6 +100,7 @@ def truncated(kind: str) -> Callable:
     def make(picture, dice):
         data = file_of(picture, kind)
         return data[: dice.randrange(1, len(data) - 1)]
+
     return make
 
 
@@ -105,10 +108,12 @@ def changed(kind: str) -> Callable:
     return lambda picture, dice: flipped(file_of(picture, kind), dice)
 
 
-# name -> (bytes of a picture and random numbers, "read", "refused" or "either", exact: whether the number must be legible)
+# name -> (bytes from a picture and random numbers, "read", "refused" or "either", whether the number must be legible)
 KINDS = {
-    **{kind: (lambda p, d, kind=kind: file_of(p, kind), "read", True)
-       for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")},
+    **{
+        kind: (lambda p, d, kind=kind: file_of(p, kind), "read", True)
+        for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+    },
     "CMYK JPEG": (lambda p, d: file_of(p.convert("CMYK"), "JPEG", quality=95), "read", True),
     "CMYK TIFF": (lambda p, d: file_of(p.convert("CMYK"), "TIFF"), "read", True),
     "16-bit grey PNG": (lambda p, d: file_of(sixteen_bit(p), "PNG"), "read", True),
@@ -119,8 +124,16 @@ KINDS = {
     "palette with transparency": (lambda p, d: file_of(with_clear_border(p).quantize(16), "PNG"), "read", True),
     "palette GIF with transparency": (lambda p, d: file_of(with_clear_border(p), "GIF"), "read", True),
     "EXIF rotation (read as stored)": (rotated, "read", True),
-    "animated GIF": (lambda p, d: file_of(p, "GIF", save_all=True, append_images=[coded(0), coded(4095)]), "read", True),
-    "animated WebP": (lambda p, d: file_of(p, "WEBP", save_all=True, append_images=[coded(0)], lossless=True), "read", True),
+    "animated GIF": (
+        lambda p, d: file_of(p, "GIF", save_all=True, append_images=[coded(0), coded(4095)]),
+        "read",
+        True,
+    ),
+    "animated WebP": (
+        lambda p, d: file_of(p, "WEBP", save_all=True, append_images=[coded(0)], lossless=True),
+        "read",
+        True,
+    ),
     "animated PNG": (lambda p, d: file_of(p, "PNG", save_all=True, append_images=[coded(0)]), "read", True),
     "many pages": (lambda p, d: file_of(p, "TIFF", save_all=True, append_images=[coded(0)]), "read", True),
     "progressive JPEG": (lambda p, d: file_of(p, "JPEG", progressive=True, quality=95), "read", True),
@@ -136,15 +149,21 @@ KINDS = {
     "claims 60,000 x 60,000": (lambda p, d: png_claiming(60_000, 60_000), "refused", False),
     "claims 2^31 - 1 x 1": (lambda p, d: png_claiming(2**31 - 1, 1), "refused", False),
     "claims no width": (lambda p, d: png_claiming(0, 5), "refused", False),
-    "claims more than it has (Pillow reads black rows)": (lambda p, d: png_claiming(64, 64, bytes(193 * 3)), "either", False),
+    "claims more than it has (Pillow reads black rows)": (
+        lambda p, d: png_claiming(64, 64, bytes(193 * 3)),
+        "either",
+        False,
+    ),
     "decompression bomb, 8,000 x 8,000": (lambda p, d: bomb(), "refused", False),
     "bomb in a text of a PNG": (lambda p, d: text_bomb(p), "either", False),
     # a cut behind the last pixel costs nothing: then the picture is read, and whole
     **{f"cut-off {kind}": (truncated(kind), "either", True) for kind in ("PNG", "JPEG", "WEBP")},
     **{f"cut-off {kind}": (truncated(kind), "either", False) for kind in ("GIF", "BMP", "TIFF", "PPM")},
-    **{f"flipped bits, {kind}": (changed(kind), "either", False)
-       for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")},
-}  # fmt: skip
+    **{
+        f"flipped bits, {kind}": (changed(kind), "either", False)
+        for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+    },
+}
 
 
 def bomb(kept: list[bytes] = []) -> bytes:  # noqa: B006  made once
@@ -185,8 +204,11 @@ class Case:
 
     def same(self, picture: Image.Image) -> bool:
         """Whether `picture` is what these bytes give."""
-        return (self.picture is not None and picture.size == self.picture.size
-                and picture.tobytes() == self.picture.tobytes())  # fmt: skip
+        return (
+            self.picture is not None
+            and picture.size == self.picture.size
+            and picture.tobytes() == self.picture.tobytes()
+        )
 
 
 def groups(cases: list[Case]) -> list[list[Case]]:
@@ -219,13 +241,16 @@ def in_documents(folder: Path, cases: list[Case]) -> tuple[int, list[str], int]:
     for i, group in enumerate(groups(cases)):
         inline = i % 2 and all(len(case.data) < 2**20 for case in group)
         source = lambda case, inline=inline: (
-            f"data:image/png;base64,{base64.b64encode(case.data).decode()}" if inline else case.name)
+            f"data:image/png;base64,{base64.b64encode(case.data).decode()}" if inline else case.name
+        )
         whole = all(case.picture for case in group)
         try:
             document = document_from_markdown("".join(f"{text(c)}![]({source(c)})" for c in group), folder, f"page {i}")
             misses += [] if whole else [f"Markdown {i}: a damaged picture is gone without a word"]
             misses += judged(document.parts, table, f"Markdown {i}")
-            misses += [] if len(document.pictures) == len(group) else [f"Markdown {i}: {len(document.pictures)} pictures"]
+            misses += (
+                [] if len(document.pictures) == len(group) else [f"Markdown {i}: {len(document.pictures)} pictures"]
+            )
         except ValueError:
             refused += 1
             misses += [f"Markdown {i}: refused, though each picture can be read"] if whole else []
@@ -243,7 +268,9 @@ def in_documents(folder: Path, cases: list[Case]) -> tuple[int, list[str], int]:
     misses += [] if named == bad else ["JSON lines: other lines are refused than those with damaged pictures"]
     for number, document in zip(wholes, documents):
         misses += judged(document.parts, table, f"JSON line {number + 1}")
-        misses += [] if len(document.pictures) == 3 or number == len(lines) - 1 else [f"JSON line {number + 1}: lost one"]
+        misses += (
+            [] if len(document.pictures) == 3 or number == len(lines) - 1 else [f"JSON line {number + 1}: lost one"]
+        )
     return 2 * len(cases), misses, refused + len(report)
 
 
@@ -262,10 +289,18 @@ def corpora(folder: Path, cases: list[Case]) -> list:
     talks, pages, texts, urls, stored = [], [], [], [], []
     for group in groups(cases):
         question = "".join(f"{text(c)} <image>" for c in group)
-        talks.append({"image": [c.name for c in group], "conversations": [
-            {"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]})  # fmt: skip
-        pages.append({"text_list": [text(c) for c in group], "image_info": [
-            {"image_name": c.name, "matched_text_index": k} for k, c in enumerate(group)]})  # fmt: skip
+        talks.append(
+            {
+                "image": [c.name for c in group],
+                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}],
+            }
+        )
+        pages.append(
+            {
+                "text_list": [text(c) for c in group],
+                "image_info": [{"image_name": c.name, "matched_text_index": k} for k, c in enumerate(group)],
+            }
+        )
         texts.append([t for c in group for t in (text(c), None)])
         urls.append([u for c in group for u in (None, f"https://example.org/{c.name}")])
         stored.append([b for c in group for b in (None, c.data)])
@@ -319,7 +354,6 @@ def in_corpora(corpora_: list, cases: list[Case]) -> tuple[int, list[str], int]:
 def in_training(folder: Path, corpora_: list, cases: list[Case], steps: int) -> tuple[int, list[str], int]:
     """The training's own stream, without and with stored features: the pixels or features of each document are those of
     the pictures that its text names."""
-    from conftest import PATCHES, QUERIES, make_tiny
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from dreamllm_edu.models.dreamllm import DreamLLMProcessor
@@ -329,6 +363,8 @@ def in_training(folder: Path, corpora_: list, cases: list[Case], steps: int) -> 
     from dreamllm_edu.training.features import FeatureStore, fill_store
     from dreamllm_edu.training.recipe import recipe_of
     from dreamllm_edu.training.stage import Settings
+
+    from conftest import PATCHES, QUERIES, make_tiny
 
     images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     tokenizer = train_tokenizer(["This is number 12. User: Assistant: yes"] * 4, 300)
@@ -364,7 +400,8 @@ def in_training(folder: Path, corpora_: list, cases: list[Case], steps: int) -> 
                         for number, tensor in zip(words, tensors):
                             tried += 1
                             same = table[number].picture is not None and torch.allclose(
-                                tensor.float(), own(role, number)[name].float(), atol=1e-5)  # fmt: skip
+                                tensor.float(), own(role, number)[name].float(), atol=1e-5
+                            )
                             misses += [] if same else [f"{item.name}: {name} of {role} beside text {number} are others"]
     return tried, misses, skipped
 
@@ -382,17 +419,40 @@ def run(folder: Path, quick: bool, seed: int) -> list[dict]:
     damaged = [case for case in cases if case.number % 3 != 1]
     slowest = max(cases, key=lambda case: case.seconds)
     read = sum(case.picture is not None for case in damaged)
-    rows = [row("damaged and odd pictures, each read or refused with a reason", len(damaged),
-                [case.miss for case in damaged if case.miss],
-                f"{len(KINDS)} kinds; {read} read, {len(damaged) - read} refused, the slowest in {slowest.seconds:.1f} s")]
+    rows = [
+        row(
+            "damaged and odd pictures, each read or refused with a reason",
+            len(damaged),
+            [case.miss for case in damaged if case.miss],
+            f"{len(KINDS)} kinds; {read} read, {len(damaged) - read} refused, the slowest in {slowest.seconds:.1f} s",
+        )
+    ]
     tried, misses, refused = in_documents(folder, cases)
-    rows.append(row("the same in Markdown and JSON lines: no picture beside another's text", tried, misses,
-                    f"{refused} documents refused"))  # fmt: skip
+    rows.append(
+        row(
+            "the same in Markdown and JSON lines: no picture beside another's text",
+            tried,
+            misses,
+            f"{refused} documents refused",
+        )
+    )
     made = corpora(folder, cases)
     tried, misses, refused = in_corpora(made, cases)
-    rows.append(row("the same in LLaVA, MMC4, LAION and OBELICS: no picture beside another's text", tried, misses,
-                    f"{refused} records refused"))  # fmt: skip
+    rows.append(
+        row(
+            "the same in LLaVA, MMC4, LAION and OBELICS: no picture beside another's text",
+            tried,
+            misses,
+            f"{refused} records refused",
+        )
+    )
     tried, misses, skipped = in_training(folder, made, cases, 3 if quick else 20)
-    rows.append(row("the same in a training's batches, opened or from stored features", tried, misses,
-                    f"{skipped} documents skipped"))  # fmt: skip
+    rows.append(
+        row(
+            "the same in a training's batches, opened or from stored features",
+            tried,
+            misses,
+            f"{skipped} documents skipped",
+        )
+    )
     return rows

@@ -1,9 +1,10 @@
 """`generate` from eight threads on one model and one processor: do the answers stay what they are one after another?
 
-Every thread continues its own prompts with its own seed: texts and pictures to be read and to be drawn, markers typed
-by the user (`</s>`, `<dream_start>`), a callback. The model is once in evaluation mode and once in training mode, with
-dropout and gradient checkpointing, which must not act while it generates and must be there afterwards. Two more threads use the same
-tokenizer as others would, with special tokens recognised, and check their own ids."""
+Every thread continues its own prompts with its own seed: texts and pictures to be read and to be drawn, markers
+typed by the user (`</s>`, `<dream_start>`), a callback. The model is once in evaluation mode and once in training
+mode, with dropout and gradient checkpointing, which must not act while it generates and must be there afterwards.
+Two more threads use the same tokenizer as others would, with special tokens recognised, and check their own ids."""
+
 import threading
 import time
 from pathlib import Path
@@ -24,8 +25,12 @@ def prompts(model, pictures: list[Image.Image], words: list[str]) -> list:
     made = []
     for i in range(THREADS):
         typed, picture = TYPED[i % len(TYPED)], pictures[i % len(pictures)]
-        kinds = [[f"{words[i % len(words)]} {typed}"], [words[i % len(words)], Dream()],
-                 [picture, f" {typed} {i}"], [f"{i}", Dream(), typed]]  # fmt: skip
+        kinds = [
+            [f"{words[i % len(words)]} {typed}"],
+            [words[i % len(words)], Dream()],
+            [picture, f" {typed} {i}"],
+            [f"{i}", Dream(), typed],
+        ]
         made.append(Document(kinds[i % len(kinds)], name=f"prompt {i}"))
     return made
 
@@ -35,8 +40,14 @@ def answer(model, processor, prompt, i: int, options: dict) -> tuple:
     shortest, so that some end while others have just begun."""
     received = []
     options = {**options, "max_new_tokens": 2 + i * options["max_new_tokens"] // THREADS}
-    document = model.generate(prompt, processor, seed=i, temperature=0.7 * (i % 2), **options,
-                              callback=lambda _, part: received.append(part if isinstance(part, str) else "picture"))
+    document = model.generate(
+        prompt,
+        processor,
+        seed=i,
+        temperature=0.7 * (i % 2),
+        **options,
+        callback=lambda _, part: received.append(part if isinstance(part, str) else "picture"),
+    )
     return tuple(part if isinstance(part, str) else part.tobytes() for part in document.parts), "".join(received)
 
 
@@ -102,11 +113,16 @@ def compare(model, processor, questions, options: dict, rounds: int, training: b
         misses += [f"round {number}: {text}" for text in wrong]
         for i, (own, other) in enumerate(zip(alone, answers)):
             if other is not None and own != other:
-                kind = "text" if [p for p in own[0] if isinstance(p, str)] != [
-                    p for p in other[0] if isinstance(p, str)] else "picture or callback"  # fmt: skip
+                kind = (
+                    "text"
+                    if [p for p in own[0] if isinstance(p, str)] != [p for p in other[0] if isinstance(p, str)]
+                    else "picture or callback"
+                )
                 misses.append(f"round {number}, thread {i}: another {kind}")
         if model.training != training:
-            misses.append(f"round {number}: the model was left in {'training' if model.training else 'evaluation'} mode")
+            misses.append(
+                f"round {number}: the model was left in {'training' if model.training else 'evaluation'} mode"
+            )
             model.train(training)
     return rounds * len(questions), misses, used
 
@@ -119,8 +135,14 @@ def rows_of(model, processor, pictures, words, options: dict, rounds: int) -> li
         how = "a model in training mode (dropout, gradient checkpointing)" if training else "one model"
         beside = f", its tokenizer used {used:,} times by two more threads" if typed else ""
         # several things can go wrong in one round: no more misses than answers are counted
-        made.append(row(f"answers of {THREADS} threads on {how} equal those one after another", tried,
-                        misses[:tried], f"{rounds} rounds{beside}"))  # fmt: skip
+        made.append(
+            row(
+                f"answers of {THREADS} threads on {how} equal those one after another",
+                tried,
+                misses[:tried],
+                f"{rounds} rounds{beside}",
+            )
+        )
     return made
 
 
