@@ -93,7 +93,9 @@ class Cases:
         from conftest import make_tiny
 
         self.folder, self.all, self.count = folder, [], 0
-        self.canary = folder / "canary"
+        self.canary, self.outside = folder / "canary", folder / "outside"
+        self.outside.mkdir()
+        (self.outside / "mine.txt").write_text("mine")
         self.model = make_tiny()
         images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
         tokenizer = train_tokenizer(["a red cat in Noto style:"] * 4, vocab_size=300)
@@ -471,7 +473,41 @@ def training_folders(cases: Cases) -> None:
         cases.add(kind, f"log: {name}", lambda folder=folder: train(folder), refused=False)
 
 
-BUILDERS = (weights, remote_code, bombs, templates, archives, training_folders)
+def interrupted(cases: Cases) -> None:
+    """Folders that pretend that a save was interrupted: what a loader finishes must stay inside the folder."""
+    from dreamllm_edu.models.dreamllm import DreamLLM, DreamLLMProcessor
+    from dreamllm_edu.parts.tokenizer import read_tokenizer
+
+    kind = "folders that pretend to hold an interrupted save"
+    mine = cases.outside / "mine.txt"
+    loaders = {
+        "model": DreamLLM.from_pretrained,
+        "processor": DreamLLMProcessor.from_pretrained,
+        "tokenizer": read_tokenizer,
+    }
+    lists = {
+        "../": json.dumps(["../outside/mine.txt"]),
+        "absolute": json.dumps([str(mine)]),
+        "no list": "3",
+        "no JSON": "{",
+    }
+    for loader, load in loaders.items():
+        for name, text in lists.items():
+            folder = cases.checkpoint()
+            (folder / ".saved-00000000000000000001-00000000").mkdir()
+            (folder / ".saved-00000000000000000001-00000000" / ".obsolete").write_text(text)
+            job = lambda folder=folder, load=load: load(folder)
+            cases.add(kind, f"{loader}: old files to remove: {name}", job, refused=False)
+        folder = cases.checkpoint()
+        new = folder / ".saved-00000000000000000001-00000000" / "sub"
+        new.mkdir(parents=True)
+        (new / "mine.txt").write_text("theirs")
+        (folder / "sub").symlink_to(cases.outside, target_is_directory=True)
+        job = lambda folder=folder, load=load: load(folder)
+        cases.add(kind, f"{loader}: a link that leads out", job, refused=False)
+
+
+BUILDERS = (weights, remote_code, bombs, templates, archives, training_folders, interrupted)
 
 
 def judge(said: str, refused: bool, ran: bool, moved: bool) -> str | None:
@@ -502,16 +538,14 @@ def opened(job: Callable[[], object]) -> Callable[[], str]:
 
 def results(cases: Cases) -> Iterator[tuple[str, str, str | None, str]]:
     """(kind, name, what is wrong or None, what was said) of each case."""
-    outside = cases.folder / "outside"
-    outside.mkdir()
-    (outside / "mine.txt").write_text("mine")
+    before = fingerprint(cases.outside)
     names = {path.name for path in cases.folder.iterdir()}
     for kind, name, job, refused in cases.all:
         said = in_fork(opened(job), timeout=120, memory=3 * 2**30)
         ran = cases.canary.exists()
         cases.canary.unlink(missing_ok=True)
         now = {path.name for path in cases.folder.iterdir()}
-        yield kind, name, judge(said, refused, ran, bool(now - names) or len(fingerprint(outside)) != 1), said
+        yield kind, name, judge(said, refused, ran, bool(now - names) or fingerprint(cases.outside) != before), said
         names |= now
 
 
