@@ -7,6 +7,7 @@ one line, without a traceback) whose message has at least three words."""
 import io
 import json
 import pickle
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -94,12 +95,17 @@ class Cases:
 
         self.folder, self.all, self.count = folder, [], 0
         self.canary, self.outside = folder / "canary", folder / "outside"
-        self.outside.mkdir()
-        (self.outside / "mine.txt").write_text("mine")
+        self.fill_outside()
         self.model = make_tiny()
         images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
         tokenizer = train_tokenizer(["a red cat in Noto style:"] * 4, vocab_size=300)
         self.processor = DreamLLMProcessor(images, tokenizer, num_queries=4, num_patches=16, max_length=256)
+
+    def fill_outside(self) -> None:
+        """The folder that no case may change, as it was."""
+        shutil.rmtree(self.outside, ignore_errors=True)
+        self.outside.mkdir()
+        (self.outside / "mine.txt").write_text("mine")
 
     def add(self, kind: str, name: str, job: Callable[[], object], refused: bool = True) -> None:
         self.all.append((kind, name, job, refused))
@@ -547,6 +553,7 @@ def results(cases: Cases) -> Iterator[tuple[str, str, str | None, str]]:
         now = {path.name for path in cases.folder.iterdir()}
         yield kind, name, judge(said, refused, ran, bool(now - names) or fingerprint(cases.outside) != before), said
         names |= now
+        cases.fill_outside()
 
 
 def run(folder: Path, quick: bool, seed: int) -> list[dict]:
