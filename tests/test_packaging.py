@@ -585,7 +585,7 @@ def test_the_shipped_judge_knows_styles(world):
 # ---------------------------------------------------------------- the README and the pages that it links
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
-PAGES = ("usage", "results", "limits", "course", "many_gpus", "official_model")
+PAGES = ("usage", "results", "limits", "robustness", "course", "many_gpus", "official_model")
 
 
 def page(name):

@@ -24,7 +24,7 @@ import tyro
 
 from ..data.records import Corpus
 from ..documents.document import Document
-from ..files import check_output, write_text
+from ..files import check_output, write_bytes, write_text
 from ..models import families
 from ..models.base import Family
 from ..training.batches import check_batch
@@ -273,7 +273,7 @@ def train(options: Options, recipe: Recipe, run: Callable[..., Path | None] = tr
     if options.stage is None and accelerator.is_main_process and folders[-1]:
         made = {folder.name: record(folder) for folder in folders}
         write_text(options.out / "training.json", json.dumps(made, indent=1) + "\n")
-        (options.out / "trained.safetensors").write_bytes((folders[-1] / "trained.safetensors").read_bytes())
+        write_bytes(options.out / "trained.safetensors", (folders[-1] / "trained.safetensors").read_bytes())
         hours = sum(stage["seconds"] for stage in made.values()) / 3600
         print(
             f"trained weights: {options.out / 'trained.safetensors'}, "

@@ -112,9 +112,12 @@ def whole_checkpoint(folder: Path, rank: int = 0, world: int = 1) -> dict:
         for path, number, value in pieces[rank::world]:
             if value != (checksum(path) if number is None else piece_checksum(path, number)):
                 raise ValueError(f"{path} is cut off or changed")
-        manifest["state"]["step"]  # a `KeyError` or `TypeError` if there is none
+        state, kinds = manifest["state"], {"updates": int, "position": dict, "run": dict}
+        other = [key for key, kind in kinds.items() if type(state.setdefault(key, kind())) is not kind]
+        if type(state["step"]) is not int or state["step"] < 0 or other:
+            raise ValueError(f"its {(other or ['step'])[0]} is not what a training writes")
         return manifest
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: not a whole checkpoint ({error})") from error
 
 
@@ -191,7 +194,12 @@ def load_checkpoint(path: Path, shares: dict[str, Share]) -> None:
         raise ValueError(f"{path}: not a whole checkpoint ({error}); give another folder, or delete it") from error
     if not all("shares" in (file.metadata() or {}) for file in files):
         raise ValueError(f"{path} was written by an earlier version; give another folder, or delete it")
-    where = [json.loads(file.metadata()["shares"]) for file in files]
+    try:
+        where = [json.loads(file.metadata()["shares"]) for file in files]
+        if not all(isinstance(inside, dict) for inside in where):
+            raise ValueError("no table of tensors")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({error}); give another folder, or delete it") from error
     stored = {name for inside in where for name in inside}
     if stored != set(shares):
         raise ValueError(

@@ -9,6 +9,8 @@ __all__ = ['FeatureStore', 'view_key', 'encode_views', 'StoreFiller', 'row_of', 
 # %% ../../nbs/19_full_scale.ipynb #f5d72dab
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -37,8 +39,9 @@ class FeatureStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "index.sqlite"
         self.index, self.files, self.rows, self.process = None, {}, {}, None
-        self.connect().execute("create table if not exists rows (kind text, key text, file text, row integer, "
-                               "primary key (kind, key)) without rowid")
+        with self.writing() as index:
+            index.execute("create table if not exists rows (kind text, key text, file text, row integer, "
+                          "primary key (kind, key)) without rowid")
 
     def connect(self) -> sqlite3.Connection:
         """The index of this process: a connection must not be carried over a fork."""
@@ -47,6 +50,15 @@ class FeatureStore:
             self.files = {} if not self.resident else self.files
         return self.index
 
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """The index, changed as a whole or not at all. `OSError` if it cannot be written."""
+        try:
+            with self.connect() as index:
+                yield index
+        except sqlite3.Error as error:
+            raise OSError(f"could not save to {self.path} ({error}); free some space, what is stored stays") from error
+
     def __getstate__(self):
         return {**self.__dict__, "index": None, "files": {}, "rows": {}, "process": None}
 
@@ -54,7 +66,7 @@ class FeatureStore:
         """Store `tensors` [n, ...] of pictures `keys`: first the file, whole, then its rows in the index."""
         name = f"{kind}-{sha256(''.join(keys).encode()).hexdigest()[:16]}.safetensors"
         write_tensors(self.folder / name, {kind: tensors.to(self.dtype).contiguous()})
-        with self.connect() as index:
+        with self.writing() as index:
             index.executemany(
                 "insert or ignore into rows values (?, ?, ?, ?)", [(kind, key, name, i) for i, key in enumerate(keys)]
             )

@@ -31,8 +31,10 @@ def read_log(path: Path | str) -> list[dict]:
     rows = []
     for line in Path(path).read_text(encoding="utf8").splitlines() if Path(path).exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            row["step"] + 0  # a `KeyError` or `TypeError` for what no training wrote
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
     return rows
 

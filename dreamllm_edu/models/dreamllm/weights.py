@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assemble', 'mini', 'mini_processor', 'is_shipped', 'WEIGHT_FILES', 'trained_tensors',
            'frozen', 'load_trained', 'frozen_checksum', 'save_trained', 'check_frozen_parts',
-           'load_mini', 'without_weights', 'load_parts']
+           'load_mini', 'check_layers', 'without_weights', 'load_parts']
 
 # %% ../../../nbs/08_model.ipynb #d815702c
 import inspect
@@ -196,6 +196,22 @@ def load_mini(cls: type[DreamLLM], dtype: torch.dtype | str | None = None, **opt
     return model if dtype is None else model.to(dtype)
 
 
+def check_layers(name: Path | str, config: dict) -> None:
+    """`ValueError` if the configuration of the local folder `name` has more layers than its
+    safetensors have tensors: making millions of layers takes all memory before anything is
+    compared."""
+    try:
+        files = [safe_open(path, "pt") for path in Path(name).glob("model*.safetensors")]
+    except SafetensorError:
+        return  # said when they are loaded
+    stored = sum(len(file.keys()) for file in files)
+    for part in (config.get("text_config"), config.get("vision_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if files and isinstance(layers, int) and layers > stored:
+            raise ValueError(f"{name}: config.json names {layers:,} layers, the weights hold {stored:,} tensors; "
+                             "fetch both again")
+
+
 @patch(cls_method=True)
 def from_pretrained(cls: DreamLLM, name: Path | str, *args, **kwargs) -> DreamLLM | tuple[DreamLLM, dict]:
     """`"mini"` is the shipped miniature, with `dtype` and the options of `mini`; anything else is a
@@ -212,13 +228,16 @@ def from_pretrained(cls: DreamLLM, name: Path | str, *args, **kwargs) -> DreamLL
         )
     if finish_saving(name) and "config" in kwargs:
         raise ValueError(f"{name}: saving was interrupted before its config was read; it is whole now, load it again")
-    raw = kwargs["config"].to_dict() if "config" in kwargs else cls.config_class.get_config_dict(name, **kwargs)[0]
-    if (
-        raw.get("model_type") != cls.config_class.model_type
-    ):  # its sizes would be missing, and the 7-billion defaults would fill the memory
-        raise ValueError(f"{name} holds a model of type {raw.get('model_type')!r}, not "
+    try:
+        raw = kwargs["config"].to_dict() if "config" in kwargs else cls.config_class.get_config_dict(name, **kwargs)[0]
+        kind = raw.get("model_type")
+    except (AttributeError, TypeError, RecursionError) as error:  # JSON, but no object, or nested too deep
+        raise ValueError(f"{name}: its config.json is damaged ({error}); fetch it again") from error
+    if kind != cls.config_class.model_type:  # its sizes would be missing, and the 7-billion defaults fill the memory
+        raise ValueError(f"{name} holds a model of type {kind!r}, not "
                          f"{cls.config_class.model_type!r}; "
                          "make a DreamLLM from parts with assemble()")
+    check_layers(name, raw)
     try:
         options = {
             **kwargs,
@@ -228,6 +247,12 @@ def from_pretrained(cls: DreamLLM, name: Path | str, *args, **kwargs) -> DreamLL
         model, info = PreTrainedModel.from_pretrained.__func__(cls.variant(raw.get("compat")), name, *args, **options)
     except SafetensorError as error:
         raise ValueError(f"{name}: the weights are damaged or cut off ({error}); fetch them again") from error
+    except (OSError, ValueError, ImportError, TypeError):
+        raise
+    except Exception as error:  # sizes that no tensor can have, a pickle: torch and the libraries raise many types
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{name}: cannot be loaded ({type(error).__name__}: {reason}); config.json and weights are "
+                         "damaged or do not fit, or there is too little memory") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ValueError(
