@@ -94,6 +94,7 @@ def test_the_feeder_counts_each_row_without_its_padding():
     model = SimpleNamespace(
         config=config, device="cpu",
         embed=lambda ids, features: ids[..., None].float(),
+        get_input_embeddings=lambda: lambda ids: ids[..., None].float(),
         language_model=SimpleNamespace(model=decoder, lm_head=lambda states: states))
     feeder = Feeder(model, [Row([]), Row([])])
     feeder.feed([[5, 6, 7], [8]], [None, None])

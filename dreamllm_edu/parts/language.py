@@ -73,6 +73,6 @@ def window_losses(
 
 
 def perplexity(model: Callable, stream: torch.Tensor, length: int = 128, limit: int = 200) -> float:
-    """exp(mean cross-entropy) over the windows of `window_losses`, of a `stream` of token ids int64
-    [n]: 1 at best, V for a uniform guess."""
+    """exp(mean cross-entropy) over the windows of `window_losses`: 1 at best, V for a uniform guess.
+    `stream`: token ids, int64 [n]."""
     return window_losses(model, stream, length, limit).mean().exp().item()
