@@ -56,7 +56,7 @@ def test_two_checks_in_a_bare_tree_pass_and_are_reported(tree):
     data, text = json.loads((tree / "found/gpu.json").read_text()), (tree / "found/gpu.md").read_text()
     assert data["mode"] == "cpu" and "no GPU" in done.stdout and "No GPU was found" in text
     assert data["status"] == "pass" and not data["left_out"] and data["seconds"] <= data["bound_seconds"]
-    assert data["versions"]["torch"] and data["versions"]["cuda"] and "attention" in data["flop_convention"]
+    assert data["versions"]["torch"] and data["versions"]["cuda"] and "FLOPs" in data["flop_convention"]
     assert [check["name"] for check in data["checks"]] == ["losses", "attention"]
     rows = [row for check in data["checks"] for row in check["rows"]]
     assert {row["status"] for row in rows} == {"pass", "skipped", "measured"}

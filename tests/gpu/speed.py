@@ -1,7 +1,6 @@
 """Samples a second, tokens a second, MFU, memory and what compiling gains, of a model with random weights."""
 
 import functools
-import re
 import time
 import warnings
 from collections import Counter
@@ -20,28 +19,14 @@ from dreamllm_edu.parts.diffusion import decode_latents
 from dreamllm_edu.sequences import collate
 from dreamllm_edu.training.batches import Batch, Steps, joined, pack_items, step_stream
 from dreamllm_edu.training.features import FeatureStore, fill_store, fingerprint
+from dreamllm_edu.training.report import peak_flops
 from dreamllm_edu.training.stage import Settings
 from dreamllm_edu.training.trainer import Trainer
 
 CONVENTION = (
-    "FLOPs of matrix products, convolutions and attention of one step, forward and backward, a multiplication and an "
-    "addition counted as two, as executed by that variant (its padding and its masked attention too, recomputed "
-    "activations not), over its median time and the device's dense bfloat16 peak"
+    "model FLOPs of one step as the trainer's log counts them (`DreamLLMFamily.step_flops`: PaLM's convention, without "
+    "padding and recomputed activations), over its median time and the device's dense bfloat16 peak (`peak_flops`)"
 )
-# Dense bfloat16 FLOP/s with float32 accumulation, by the name that CUDA reports.
-PEAK_FLOPS = {
-    r"\bH200$": 989e12,  # SXM: NVIDIA H200 datasheet, 1,979 TFLOP/s with sparsity, halved
-    r"\bH100 80GB HBM3$": 989e12,  # SXM: NVIDIA H100 datasheet, 1,979 TFLOP/s with sparsity, halved
-    r"\bA100\b": 312e12,  # NVIDIA A100 datasheet, without sparsity
-    r"\bL4$": 121e12,  # NVIDIA L4 datasheet, 242 TFLOP/s with sparsity, halved
-    r"\bRTX 4090$": 165e12,  # NVIDIA Ada architecture whitepaper, appendix A: 165.2 with FP32 accumulate
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a known GPU, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)
 
 
 @dataclass
@@ -136,20 +121,12 @@ def whole_step(made: Setup, gradients: Callable[[], object]) -> Callable[[], Non
     return step
 
 
-def flops_of(gradients: Callable[[], object]) -> float:
-    from dreamllm_edu.planning import Flops
-
-    with Flops() as counter:
-        gradients()
-    return counter.total
-
-
 def reset_peak(ctx: Context) -> None:
     if ctx.gpu:
         torch.cuda.reset_peak_memory_stats()
 
 
-def report_step(ctx: Context, made: Setup, what: str, gradients: Callable, items: list, flops: float | None) -> float:
+def report_step(ctx: Context, made: Setup, what: str, gradients: Callable, items: list) -> float:
     """Rows about one variant; seconds of its step."""
     steps, warmup = (10, 3) if ctx.gpu else (2, 1)
     reset_peak(ctx)
@@ -159,10 +136,10 @@ def report_step(ctx: Context, made: Setup, what: str, gradients: Callable, items
     ctx.measured(f"{what}: tokens a second", tokens / seconds, "", "padding is not counted")
     if ctx.gpu:
         ctx.measured(f"{what}: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
-    peak = peak_flops(ctx.device)
-    if flops and peak:
+    flops, peak = made.trainer.task.family.step_flops(items, made.trainer.task.stage), peak_flops(ctx.device)
+    if peak:
         ctx.measured(f"{what}: MFU", 100 * flops / seconds / peak, "%", f"{flops / 1e12:.2f} TFLOPs a step")
-    elif flops:
+    else:
         ctx.measured(f"{what}: FLOP/s", flops / seconds / 1e12, "TFLOP/s", "the peak of this device is not known")
     return seconds
 
@@ -185,7 +162,7 @@ def check_step(ctx: Context) -> None:
         for packed, variant in ((False, padded_gradients), (True, packed_gradients)):
             name = f"{'packed' if packed else 'padded'}, {'stored features' if cached else 'pixels'}"
             gradients = variant(made, items)
-            times[packed, cached] = report_step(ctx, made, name, gradients, items, flops_of(gradients))
+            times[packed, cached] = report_step(ctx, made, name, gradients, items)
     ctx.measured("packed with stored features over padded with pixels", times[False, False] / times[True, True],
                  "times as fast")
     gain = times[False, True] / times[True, True]
@@ -199,24 +176,24 @@ def check_options(ctx: Context) -> None:
     """What changes the speed or memory of the packed step with stored features, and not its result."""
     made = setup(ctx.device)
     model, gradients = made.trainer.model, packed_gradients(made, made.stored)
-    report_step(ctx, made, "as it is", gradients, made.stored, None)
+    report_step(ctx, made, "as it is", gradients, made.stored)
     try:
         recompute_activations(model)
-        report_step(ctx, made, "recomputed activations", gradients, made.stored, None)
+        report_step(ctx, made, "recomputed activations", gradients, made.stored)
     finally:
         recompute_activations(model, False)
     if not ctx.gpu:
         ctx.skip("channels_last, cudnn.benchmark and larger batches", "of interest on a GPU only")
         return
     model.unet.to(memory_format=torch.channels_last)
-    report_step(ctx, made, "U-Net in channels_last", gradients, made.stored, None)
+    report_step(ctx, made, "U-Net in channels_last", gradients, made.stored)
     torch.backends.cudnn.benchmark = True
-    report_step(ctx, made, "and cudnn.benchmark", gradients, made.stored, None)
+    report_step(ctx, made, "and cudnn.benchmark", gradients, made.stored)
     torch.backends.cudnn.benchmark = False
     model.unet.to(memory_format=torch.contiguous_format)
     four = [replace(item, order=(i, *item.order)) for i in range(4) for item in made.stored]
     larger = packed_gradients(made, four)
-    report_step(ctx, made, "four times the documents", larger, four, flops_of(larger))
+    report_step(ctx, made, "four times the documents", larger, four)
 
 
 def shuffled(items: list, keep: int) -> list:
