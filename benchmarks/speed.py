@@ -245,7 +245,12 @@ def main():
     args = parser.parse_args()
     if bool(args.official) != bool(args.python):
         parser.error("--official and --python belong together")
-    found = {"torch": torch.__version__, "pairs": args.pairs, "precision of the packed step": args.precision, "rows": []}
+    found = {
+        "torch": torch.__version__,
+        "pairs": args.pairs,
+        "precision of the packed step": args.precision,
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = Path(temporary) / "checkpoint"
         write_checkpoint(folder)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from test_train import QUICK, some_corpora, stage, steps_of, texts_only
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dreamllm_edu import files
 from dreamllm_edu.documents.document import Document
 from dreamllm_edu.models.dreamllm.family import DreamLLMFamily
 from dreamllm_edu.models.dreamllm.objective import DreamLLMObjective
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
-from dreamllm_edu import files
 from dreamllm_edu.parts.tokenizer import train_tokenizer
 from dreamllm_edu.training import checkpoint
 from dreamllm_edu.training.ranks import rank_and_world

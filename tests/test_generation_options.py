@@ -7,7 +7,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny, picture
 from diffusers import DDIMScheduler, DDPMScheduler
 from test_equivalences import Knowing
 from transformers import GenerationConfig, Trainer, TrainingArguments
@@ -16,6 +15,8 @@ from dreamllm_edu import DreamLLM, DreamLLMPipeline
 from dreamllm_edu.documents.document import Document, Dream
 from dreamllm_edu.models.dreamllm.generation import GenerationOptions
 from dreamllm_edu.parts.diffusion import DDIM, sample_latents, scheduler_config
+
+from conftest import make_tiny, picture
 
 # ---------------------------------------------------------------- steps
 
@@ -45,7 +46,8 @@ def watched(kind, predicts, steps):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         end = sample_latents(
-            network, scheduler, words, words, 1.0, steps, torch.Generator().manual_seed(1), noise=noise, sampler=sampler)
+            network, scheduler, words, words, 1.0, steps, torch.Generator().manual_seed(1), noise=noise, sampler=sampler
+        )
     return (end - z).abs().max().item(), times
 
 
@@ -157,7 +159,9 @@ def test_requested_pictures_are_those_of_one_pass_and_of_two(processor, trained)
     """A prompt's queries are fed together with its text; those of a second Dream() behind it are not."""
     passes = []
     trained.language_model.model.register_forward_hook(lambda *_: passes.append(1))
-    once = trained.generate(Document(["owl in Noto style:", Dream()]), processor, max_new_tokens=0, num_inference_steps=2)
+    once = trained.generate(
+        Document(["owl in Noto style:", Dream()]), processor, max_new_tokens=0, num_inference_steps=2
+    )
     assert len(passes) == 2, "the text with its queries, and the null condition"
     both = trained.generate(
         [Document(["owl in Noto style:", Dream()]), Document(["a cat", Dream(), Dream()])],

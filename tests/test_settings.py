@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,7 @@ import torch
 import yaml
 from test_train import QUICK, ROOT, run, some_corpora, stage, steps_of
 
-from dreamllm_edu import files
-from dreamllm_edu import pretraining
+from dreamllm_edu import files, pretraining
 from dreamllm_edu import train as train_module
 from dreamllm_edu.app import train as command
 from dreamllm_edu.app.cli import main as cli
@@ -92,7 +92,9 @@ def test_asking_is_cheap():
 def test_a_gpu_without_bf16_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100")
-    assert choose_precision("auto", "cuda") == "no" and "this GPU would only emulate" in describe_precision("auto", "cuda")
+    assert choose_precision("auto", "cuda") == "no" and "this GPU would only emulate" in describe_precision(
+        "auto", "cuda"
+    )
     with pytest.raises(ValueError, match="Tesla P100 has no bfloat16; use no, or auto"):
         choose_precision("bf16", "cuda")
 
@@ -129,7 +131,7 @@ def test_every_loop_follows_the_processor(monkeypatch, native):
     for loop in loops:
         assert seen_dtypes(loop) == expected
         for given, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
-            assert seen_dtypes(lambda model, loss: loop(model, loss, precision=given)) == {dtype}
+            assert seen_dtypes(partial(loop, precision=given)) == {dtype}
     with_default = lambda model, loss: fit(model, loss, 1, 1e-3, progress=False)
     assert seen_dtypes(with_default) == {torch.float32}, "the lesson's loop is float32 unless one asks"
 
@@ -137,7 +139,9 @@ def test_every_loop_follows_the_processor(monkeypatch, native):
 def test_the_shipped_recipes_follow_the_processor_and_the_log_says_so(processor, tmp_path, processor_without_bf16):
     assert {recipe_of(scale).settings.precision for scale in ("mini", "small", "paper")} == {"auto"}
     rows = run(make_tiny(), processor, stage(2, steps=1), some_corpora(), tmp_path, replace(QUICK, precision="auto"))
-    assert [row["precision"] for row in rows] == [row["precision"] for row in read_log(tmp_path / "log.jsonl")] == ["no"]
+    assert (
+        [row["precision"] for row in rows] == [row["precision"] for row in read_log(tmp_path / "log.jsonl")] == ["no"]
+    )
     assert "precision no" in report.report(tmp_path).read_text()
 
 
@@ -244,7 +248,8 @@ def test_deepspeeds_configuration_may_leave_it_to_the_trainer(tmp_path):
 def test_a_launchers_real_configuration_file(tmp_path):
     """`accelerate launch` itself, whose file says fp16: refused in one line."""
     (tmp_path / "config.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmachine_rank: 0\nnum_machines: 1\nnum_processes: 1\n"
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmachine_rank: 0\nnum_machines: 1\n"
+        "num_processes: 1\n"
         "mixed_precision: fp16\nuse_cpu: true\n"
     )
     line = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "config.yaml", "-m", "dreamllm_edu.train",
@@ -295,7 +300,8 @@ def test_slurms_script_lets_a_rank_finish_a_slow_save(tmp_path, granted, saved):
                        ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')):  # fmt: skip
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1",
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                   "SLURM_NNODES": "1",
                    "SLURM_GPUS_PER_NODE": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}  # fmt: skip
     job = subprocess.Popen(["bash", tmp_path / "slurm.sh"], env=environment, stderr=subprocess.DEVNULL)
     try:
@@ -463,7 +469,8 @@ def test_the_other_fields_change_no_number_and_resume(first_run, processor, name
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("weight_decay", "1e-2", None), ("clip_norm", "1e0", None), ("lanes", 4.0, None), ("betas", ["9e-1", "99e-2"], None),
+    ("weight_decay", "1e-2", None), ("clip_norm", "1e0", None), ("lanes", 4.0, None),
+    ("betas", ["9e-1", "99e-2"], None),
     ("lanes", 1.5, "lanes=1.5: give a whole number"), ("store", "false", "store='false': give true or false"),
     ("weight_decay", -1, "weight_decay=-1.0: give a number from 0 up"), ("clip_norm", 0, "give a norm above 0"),
     ("betas", [0.9], "two rates"), ("betas", [0.9, 1.0], "two rates"), ("weight_decay", "much", "give a number"),
@@ -485,11 +492,19 @@ def test_settings_of_a_recipe_are_numbers_or_refused(tmp_path, field, value, mes
 @pytest.mark.parametrize("more, message", [
     ({"steps": "1e3"}, None), ({"ema_decay": "9e-1", "image_loss_weight": "1e1"}, None),
     ({"steps": 0}, "at least 1 step"), ({"batch": 1.5}, "batch=1.5"), ({"learning_rate": 0}, "learning_rate above 0"),
-    ({"trains": []}, "a list of parts"), ({"trains": "dream_queries"}, "a list of parts"), ({"ema_decay": 1}, "ema_decay"),
+    ({"trains": []}, "a list of parts"), ({"trains": "dream_queries"}, "a list of parts"),
+    ({"ema_decay": 1}, "ema_decay"),
     ({"read_last": "no way"}, "read_last='no way': give true or false"),
 ])  # fmt: skip
 def test_stages_of_a_recipe_are_usable_or_refused(tmp_path, more, message):
-    row = {"name": "a", "trains": ["dream_queries"], "mixture": {"pairs": 1}, "learning_rate": 1e-3, "steps": 1, "batch": 8}
+    row = {
+        "name": "a",
+        "trains": ["dream_queries"],
+        "mixture": {"pairs": 1},
+        "learning_rate": 1e-3,
+        "steps": 1,
+        "batch": 8,
+    }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": [{**row, **more}]}))
     if message:
         with pytest.raises(ValueError, match=message):
@@ -533,9 +548,12 @@ def test_another_start_is_refused_before_the_features(tmp_path, capsys, monkeypa
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(command, "fill_store", lambda *_, **__: pytest.fail("features were computed first"))
     capsys.readouterr()
-    for more, word in ((["--steps", "2"], "number of steps"), (["--init", tmp_path / "other.safetensors"], "starting weights"),
-                       (["--recipe", tmp_path / "rate.yaml"], "learning rate"), (["--recipe", tmp_path / "data.yaml"], "corpora"),
-                       (["--precision", "bf16"], "precision"), (["--weight-decay", "0.5"], "weight_decay")):  # fmt: skip
+    for more, word in ((["--steps", "2"], "number of steps"),
+                       (["--init", tmp_path / "other.safetensors"], "starting weights"),
+                       (["--recipe", tmp_path / "rate.yaml"], "learning rate"),
+                       (["--recipe", tmp_path / "data.yaml"], "corpora"),
+                       (["--precision", "bf16"], "precision"),
+                       (["--weight-decay", "0.5"], "weight_decay")):  # fmt: skip
         steps = [] if more[0] == "--steps" else ["--steps", "1"]
         assert command.main([*line, *steps, *map(str, more)]) == 1
         error = capsys.readouterr().err
@@ -593,14 +611,17 @@ def test_flops_are_counted_as_the_planner_counts_them(processor):
         walked = measure(model.config, what, 1, tokens, 1, precision="fp32", cached=True)["flops"]
         assert ours == pytest.approx(walked, rel=0.08)
         fresh = {"images": [0], "targets": [0]}
-        assert family.step_flops([SimpleNamespace(row=row, pixels=fresh)], what) > ours, "encoders run for fresh pictures"
+        assert family.step_flops([SimpleNamespace(row=row, pixels=fresh)], what) > ours, (
+            "encoders run for fresh pictures"
+        )
         assert family.step_flops([SimpleNamespace(row=row, pixels={})] * 2, what) == pytest.approx(2 * ours)
 
 
 @pytest.mark.parametrize("name, tflops", [
     ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A800-SXM4-80GB", 312),
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA GeForce RTX 4090", 165),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GH200 480GB", None), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GH200 480GB", None),
+    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
     ("Some GPU of 2031", None),
 ])  # fmt: skip
 def test_a_peak_is_known_or_left_out(monkeypatch, name, tflops):

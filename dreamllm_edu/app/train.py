@@ -133,7 +133,8 @@ def read_options(argv: list[str] | None = None, prog: str = "python -m dreamllm_
         raise ValueError(f"steps={options.steps}, batch={options.batch}: give whole numbers of at least 1")
     numbers = range(1, len(recipe.stages) + 1) if options.stage is None else [options.stage]
     if options.parts and (options.scale != "mini" or recipe.parts):
-        raise ValueError("--parts is for the recipe mini; name the parts of another one in a recipe of your own (--recipe)")
+        raise ValueError("--parts is for the recipe mini; name the parts of another one in a recipe "
+                         "of your own (--recipe)")
     if options.stage is not None and not 1 <= options.stage <= len(recipe.stages):
         raise ValueError(f"the recipe has {len(recipe.stages)} stages, --stage {options.stage} was asked")
     if len(options.steps) > len(numbers):
@@ -167,7 +168,8 @@ def start_processes(options: Options, settings: Settings) -> tuple["Accelerator"
     strategy = strategy_of(chosen)  # a strategy that does not fit these processes is refused here
     if accelerator.is_main_process:
         print(f"precision {describe_precision(settings.precision, device)}; strategy {strategy.name}, "
-              f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}, on {device.type}", flush=True)
+              f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}, "
+              f"on {device.type}", flush=True)
     return accelerator, chosen
 
 

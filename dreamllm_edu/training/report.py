@@ -69,7 +69,8 @@ def peak_flops(device: torch.device | str, precision: str = "bf16") -> float | N
     if torch.device(device).type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name) and "MIG" not in name), None)
+    peaks = (peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name) and "MIG" not in name)
+    return next((1e12 * peak for peak in peaks), None)
 
 # %% ../../nbs/19_full_scale.ipynb #535f8d8a
 def curves(rows: Iterable[dict]) -> "Figure":

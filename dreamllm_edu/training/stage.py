@@ -60,7 +60,8 @@ class Settings:
     deepspeed: str = ""
     """zero3: a JSON file of DeepSpeed's options, such as recipes/zero3.json"""
     precision: str = "no"
-    """no (float32), bf16 (weights are kept in float32, computed with in bfloat16), or auto (bf16 where the processor has it)"""
+    """no (float32), bf16 (weights are kept in float32, computed with in bfloat16), or auto (bf16
+    where the processor has it)"""
     lanes: int = 8
     """streams of documents, at least as many as there will ever be processes; divides the batch"""
     mixing: str = "document"
@@ -113,7 +114,8 @@ class Settings:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give a number from 0 up")
         if not self.clip_norm > 0 or len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"clip_norm={self.clip_norm}, betas={self.betas}: give a norm above 0 and two rates in [0, 1)")
+            raise ValueError(f"clip_norm={self.clip_norm}, betas={self.betas}: give a norm above 0 "
+                             "and two rates in [0, 1)")
 
 # %% ../../nbs/10_training.ipynb #c870c88f
 LEARNED_FROM = ("seed", "precision", "lanes", "mixing", "max_length", "views", "weight_decay", "betas", "clip_norm")

@@ -253,7 +253,8 @@ class Trainer:
         """The trainer of one stage of a family. `steps`: instead of the stage's own."""
         set_trainable(family.model, stage)
         if not any(p.requires_grad for p in family.model.parameters()):
-            raise ValueError(f"stage {stage.name} trains {', '.join(stage.trains) or 'nothing'}: the model has no such part")
+            parts = ", ".join(stage.trains) or "nothing"
+            raise ValueError(f"stage {stage.name} trains {parts}: the model has no such part")
         steps = stage.steps if steps is None else steps
         settings = replace(settings, precision=choose_precision(settings.precision, family.model.device))
         strategy = strategy_of(settings, family.decoder_layers(), family.frozen_parts, family.unread)

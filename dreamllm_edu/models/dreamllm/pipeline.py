@@ -76,7 +76,8 @@ class DreamLLMPipeline:
         """Continue one prompt or a list of them; a string stands for `Document([text, Dream()])`.
 
         `max_new_tokens`: by default 0 if every prompt holds a `Dream()`, so that only the requested
-        pictures are drawn. Numbers that are not given are those of `generate`. `options`: those of `DreamLLM.generate`, such as
+        pictures are drawn. Numbers that are not given are those of `generate`. `options`: those of
+        `DreamLLM.generate`, such as
         `temperature`, `max_pictures`, `seed`. `return_dict=False` gives the tuple (documents,
         images). Raises `ValueError` where `generate` does."""
         prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
