@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Task', 'StageTask', 'corpora_of_run', 'PartTask', 'Stopper', 'resident_memory_mb',
-           'peak_memory_mb', 'Trainer', 'speed', 'train_part', 'save_trained_tensors']
+           'peak_memory_mb', 'Trainer', 'fast_attention', 'speed', 'train_part',
+           'save_trained_tensors']
 
 # %% ../../nbs/19_full_scale.ipynb #a565a824
 import json
@@ -14,7 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -329,16 +330,17 @@ def start(self: Trainer) -> None:
     self.state = state
 
 # %% ../../nbs/19_full_scale.ipynb #0feb4dd9
+def fast_attention(device: str) -> AbstractContextManager:
+    """On a CPU plain matrix products in place of the fused kernel, in a pass forward and backward."""
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+
+
 @patch
 def gradients(self: Trainer, batches: list) -> tuple[dict, bool]:
     """Gradients of one step; returns this process's sums by key, and whether its losses are finite."""
     totals, sums, finite = self.task.totals(batches), {}, True
     device = next(self.model.parameters()).device.type
-    # On short sequences the CPU's fused attention takes five times as long backwards as plain matrix
-    # products: a U-Net step at 8x8 is 1.6 times as fast without it. The choice lasts over the
-    # backward pass, which may compute layers anew.
-    attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
-    with attention:
+    with fast_attention(device):
         for i, batch in enumerate(batches):
             with self.strategy.micro_batch(last=i + 1 == len(batches)):
                 with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
