@@ -62,6 +62,7 @@ def processor_without_bf16(monkeypatch):
 @pytest.fixture
 def processor_with_bf16(monkeypatch):
     monkeypatch.setattr(precision, "bf16_is_native", lambda device="cpu": torch.device(device).type == "cpu")
+    monkeypatch.setattr(precision, "bf16_is_faster", lambda: True)
 
 
 @pytest.mark.parametrize("avx, amx, machine, onednn, native", [
@@ -73,6 +74,7 @@ def test_bf16_is_native_where_the_processor_has_instructions(monkeypatch, avx, a
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(precision.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(precision, "bf16_is_faster", lambda: True)
     assert bf16_is_native() is native and choose_precision() == ("bf16" if native else "no")
     assert choose_precision("bf16") == "bf16" and choose_precision("no") == "no", "what is given stays"
 
@@ -82,7 +84,32 @@ def test_a_build_without_onednn_has_no_bf16(monkeypatch):
     assert not bf16_is_native()
 
 
+def test_instructions_that_are_slower_are_not_used(monkeypatch):
+    monkeypatch.setattr(precision, "bf16_is_native", lambda device="cpu": True)
+    monkeypatch.setattr(precision, "bf16_is_faster", lambda: False)
+    assert choose_precision() == "no" and choose_precision("auto", "cuda") == "bf16", "a GPU is not timed"
+    assert describe_precision() == "no: float32 (bfloat16 is slower on this processor)"
+    assert describe_precision("bf16").startswith("bf16 (as given; this processor is slower in bfloat16")
+
+
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_the_faster_precision_is_found_by_timing(monkeypatch, slow):
+    clock = [0.0]
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
+
+    class Matrix:
+        def __init__(self, *size, dtype):
+            self.seconds = 2.0 if dtype is slow else 1.0
+
+        def __matmul__(self, other):
+            clock[0] += self.seconds
+
+    monkeypatch.setattr(torch, "ones", Matrix)
+    assert precision.bf16_is_faster.__wrapped__() is (slow is torch.float32)
+
+
 def test_asking_is_cheap():
+    choose_precision()
     began = time.perf_counter()
     for _ in range(100):
         choose_precision()
@@ -123,6 +150,7 @@ def seen_dtypes(train):
 @pytest.mark.parametrize("native", [False, True])
 def test_every_loop_follows_the_processor(monkeypatch, native):
     monkeypatch.setattr(precision, "bf16_is_native", lambda device="cpu": native)
+    monkeypatch.setattr(precision, "bf16_is_faster", lambda: True)
     expected = {torch.bfloat16 if native else torch.float32}
     loops = (
         lambda model, loss, **more: fit(model, loss, 1, 1e-3, progress=False, **{"precision": "auto", **more}),
