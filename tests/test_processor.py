@@ -223,13 +223,14 @@ def random_text(rng):
 def test_a_typed_marker_stays_text_while_other_threads_use_the_tokenizer(tokenizer):
     """They store another setting, or a truncation, in the tokenizer that all share."""
     tokenizer, done, wrong, rng = copy.deepcopy(tokenizer), threading.Event(), [], random.Random(0)
-    texts = [random_text(rng) for _ in range(400)]
+    texts = [f"</s> typed {random_text(rng)}" for _ in range(3000)]
     expected = [as_one_thread(tokenizer, text) for text in texts]
 
     def others():
         while not done.is_set():
+            for _ in range(50):
+                tokenizer("<s> hello")
             tokenizer("<s> hello", truncation=True, max_length=2)
-            tokenizer("<s> hello")
 
     def ours():
         for text, ids in zip(texts, expected):
@@ -239,9 +240,9 @@ def test_a_typed_marker_stays_text_while_other_threads_use_the_tokenizer(tokeniz
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        threads = [threading.Thread(target=others)] + [threading.Thread(target=ours) for _ in range(3)]
+        threads = [threading.Thread(target=work) for work in (others, ours)]
         [thread.start() for thread in threads]
-        [thread.join(60) for thread in threads[1:]]
+        threads[1].join(120)
     finally:
         done.set()
         sys.setswitchinterval(interval)
