@@ -130,7 +130,8 @@ class Ours:
         def gradients():
             layout = self.processor.layout
             batch = pack_items(self.items, layout, 512, self.objective.extra_rows(layout))
-            with fast_attention("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            attention = fast_attention("cpu", self.precision, batch.input_ids.shape[1])
+            with attention, torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
                 losses, zero = self.objective.losses(
                     self.model, batch, frozen_features(self.family, batch, "cpu"))
                 sum((self.objective.weights[kind] * x.float().mean() for kind, x in losses.items()), zero).backward()

@@ -330,9 +330,14 @@ def start(self: Trainer) -> None:
     self.state = state
 
 # %% ../../nbs/19_full_scale.ipynb #0feb4dd9
-def fast_attention(device: str) -> AbstractContextManager:
-    """On a CPU plain matrix products in place of the fused kernel, in a pass forward and backward."""
-    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+def fast_attention(device: str, precision: str, length: int = 0) -> AbstractContextManager:
+    """The faster attention for a pass forward and backward over rows of so many tokens.
+
+    A CPU with fast bfloat16 products computes short sequences faster by plain products than by its
+    fused kernel (a U-Net step at 8x8 1.6 times as fast). In float32, and on long rows, the fused
+    kernel is faster (a packed step of stage II by 1.16), as benchmarks/speed.py shows."""
+    plain = device == "cpu" and precision == "bf16" and length <= 256
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 @patch
@@ -340,18 +345,19 @@ def gradients(self: Trainer, batches: list) -> tuple[dict, bool]:
     """Gradients of one step; returns this process's sums by key, and whether its losses are finite."""
     totals, sums, finite = self.task.totals(batches), {}, True
     device = next(self.model.parameters()).device.type
-    with fast_attention(device):
-        for i, batch in enumerate(batches):
-            with self.strategy.micro_batch(last=i + 1 == len(batches)):
-                with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-                    loss, losses = self.task.loss(self.runner, batch, totals)
-                if self.task.keys is None and not torch.isfinite(loss):
-                    return losses, False  # a single process need not go on for others
-                self.strategy.backward(loss)
-            for key, (total, n) in losses.items():
-                before = sums.get(key, (0.0, 0))
-                sums[key] = before[0] + total, before[1] + n
-            finite = finite and bool(torch.isfinite(loss))
+    for i, batch in enumerate(batches):
+        length = batch.input_ids.shape[1] if isinstance(batch, Batch) else 0
+        attention = fast_attention(device, self.settings.precision, length)
+        with attention, self.strategy.micro_batch(last=i + 1 == len(batches)):
+            with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+                loss, losses = self.task.loss(self.runner, batch, totals)
+            if self.task.keys is None and not torch.isfinite(loss):
+                return losses, False  # a single process need not go on for others
+            self.strategy.backward(loss)
+        for key, (total, n) in losses.items():
+            before = sums.get(key, (0.0, 0))
+            sums[key] = before[0] + total, before[1] + n
+        finite = finite and bool(torch.isfinite(loss))
     return sums, finite
 
 
