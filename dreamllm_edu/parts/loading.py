@@ -134,6 +134,7 @@ class DrawnLater(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.filled = {}  # storage -> [(state of the generator, operation, its arguments)]
+        self.scratch = torch.empty(0)  # one piece of memory for all that is dropped: many would leave gaps
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -142,8 +143,14 @@ class DrawnLater(TorchDispatchMode):
         elif func._schema.is_mutable and args and args[0].is_meta:
             steps = self.filled.setdefault(args[0].untyped_storage()._cdata, [])
             steps.append((torch.get_rng_state(), func, args[1:], kwargs))
-            func(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs)
+            func(self.dropped(args[0]), *args[1:], **kwargs)
         return func(*args, **kwargs)
+
+    def dropped(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same shape and dtype whose numbers are never read."""
+        if self.scratch.dtype != tensor.dtype or self.scratch.numel() < tensor.numel():
+            self.scratch = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        return self.scratch[: tensor.numel()].view(tensor.shape)
 
     def draw(self, tensor: torch.Tensor) -> torch.Tensor:
         """The numbers of a tensor that has none yet, on the CPU; the generator stays as it is."""
