@@ -50,8 +50,8 @@ def bf16_is_faster() -> bool:
 
 def choose_precision(precision: str = "auto", device: torch.device | str = "cpu") -> str:
     """The precision to compute in, "bf16" or "no" (float32). "auto" is "bf16" on a GPU that has
-    instructions for it, and on a processor that has them and is faster with them. `ValueError` for another word, and for "bf16" on a GPU that
-    cannot do it."""
+    instructions for it, and on a processor that has them and is faster with them. `ValueError` for
+    another word, and for "bf16" on a GPU that cannot do it."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not possible here: use one of {', '.join(PRECISIONS)}")
     if precision == "auto":
