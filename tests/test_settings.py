@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from test_train import QUICK, ROOT, run, some_corpora, stage, steps_of
+from test_train import QUICK, ROOT, run, some_corpora, stage
 
 from dreamllm_edu import files, pretraining
 from dreamllm_edu import train as train_module
