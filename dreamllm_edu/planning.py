@@ -224,7 +224,8 @@ def loading_bytes(config: DreamLLMConfig, world: int = 1, parallel: str = "fsdp2
     own = [w for w in weights if w.part not in FROZEN]
     cut = (world, rank) if parallel == "fsdp2" else (1, 0)
     whole = sum(w.numel() for w in own if w.unit == "root") if parallel == "fsdp2" else max(w.numel() for w in own)
-    held = sum(w.numel(*cut) for w in own) * 4 + sum(w.numel() for w in weights if w.part in FROZEN) * frozen_dtype.itemsize
+    held = sum(w.numel(*cut) for w in own) * 4
+    held += sum(w.numel() for w in weights if w.part in FROZEN) * frozen_dtype.itemsize
     opened = sum(w.numel() for w in weights if w.part in ("unet", "vae"))
     root = sum(w.numel() for w in own if w.unit == "root")
     return {"GPU": held + 4 * whole, "host": 4 * (opened + root + max(w.numel() for w in weights))}
@@ -502,6 +503,7 @@ class Plan:
     def table(self) -> str:
         """A text table, one column a stage."""
         gigabytes = lambda n: f"{n / 1e9:,.2f} GB"
+        fitting = lambda s: "fits" if s.recipe_micro_batch <= s.largest else "too many"
         rows = [(item, [gigabytes(s.items[item]) for s in self.stages]) for item in self.stages[0].items]
         rows += [
             ("in all, each GPU", [gigabytes(s.total) for s in self.stages]),
@@ -510,8 +512,7 @@ class Plan:
             ("fits", ["yes" if s.fits else "no" for s in self.stages]),
             ("left free, beside the reserve", [gigabytes(s.headroom) for s in self.stages]),
             ("largest micro batch", [str(s.largest or "none") for s in self.stages]),
-            ("the recipe's micro batch", [f"{s.recipe_micro_batch}, {'fits' if s.recipe_micro_batch <= s.largest else 'too many'}"
-                                          for s in self.stages]),
+            ("the recipe's micro batch", [f"{s.recipe_micro_batch}, {fitting(s)}" for s in self.stages]),
             ("micro batch x accumulation", [f"{s.micro_batch} x {s.accumulation}" for s in self.stages]),
             ("TFLOPs a document", [f"{s.flops / 1e12:,.3g}" for s in self.stages]),
             ("documents a second", [f"{s.samples_per_second:,.3g}" for s in self.stages]),
