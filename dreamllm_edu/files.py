@@ -6,9 +6,9 @@
 __all__ = ['PIECE', 'piece_checksum', 'piece_checksums', 'checksum', 'HERE', 'WEIGHTS', 'COMPLETE',
            'OBSOLETE', 'BYTE_ORDER_MARKS', 'data_folder', 'temporary_name', 'missing_folders',
            'remove_folders', 'atomic_write', 'sync', 'write_bytes', 'write_text', 'apply_umask',
-           'write_tensors', 'write_folder', 'complete', 'finish_saving', 'move_files', 'move_file',
-           'check_output', 'check_replaceable', 'write_or_rescue', 'decode_text', 'read_text',
-           'read_tensors', 'read_json']
+           'write_tensors', 'write_folder', 'complete', 'finish_saving', 'obsolete_names',
+           'move_files', 'move_file', 'check_output', 'check_replaceable', 'write_or_rescue',
+           'decode_text', 'read_text', 'read_tensors', 'read_json']
 
 # %% ../nbs/19_full_scale.ipynb #9d973e28
 import zlib
@@ -204,11 +204,13 @@ def finish_saving(folder: Path | str) -> bool:
     """Move files to their places that `write_folder` had completed when its process was killed.
     Returns whether there were any.
 
-    Two processes may do so at the same time. Raises `OSError` if a file cannot be moved, such as
-    in a folder that may only be read."""
+    Two processes may do so at the same time. A folder may come from anywhere, so nothing outside it
+    is touched. Raises `OSError` if a file cannot be moved, such as in a folder that may only be
+    read, and `ValueError` if no save has left it so."""
     folder, found = Path(folder), []
     if folder.is_dir():
-        found = sorted(path for path in folder.iterdir() if path.name.startswith(COMPLETE))
+        found = sorted(path for path in folder.iterdir()
+                       if path.name.startswith(COMPLETE) and path.is_dir() and not path.is_symlink())
     for new in found:
         try:
             move_files(new, folder)
@@ -219,12 +221,33 @@ def finish_saving(folder: Path | str) -> bool:
     return bool(found)
 
 
+def obsolete_names(new: Path) -> list[str]:
+    """The names of files that the save in `new` replaces; `ValueError` for anything but names."""
+    try:
+        text = (new / OBSOLETE).read_text(encoding="utf8")
+        names = json.loads(text)
+        plain = lambda name: isinstance(name, str) and name == Path(name).name and "\\" not in name
+        if isinstance(names, list) and all(map(plain, names)):
+            return names
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f"{new / OBSOLETE} is damaged; delete the folder {new}")
+
+
 def move_files(new: Path, folder: Path) -> None:
-    """Move what is in `new` to `folder`, after the removal of obsolete files; remove `new`."""
-    if (new / OBSOLETE).is_file():
-        for name in json.loads((new / OBSOLETE).read_text(encoding="utf8")):
-            (folder / name).unlink(missing_ok=True)
-        (new / OBSOLETE).unlink(missing_ok=True)
+    """Move what is in `new` to `folder`, after the removal of obsolete files; remove `new`.
+    `ValueError`, before anything is moved, if a link would lead out of `folder`."""
+    names, home = obsolete_names(new), folder.resolve()
+    for path in new.rglob("*"):
+        place = folder / path.relative_to(new)
+        if path.is_symlink() or not place.parent.resolve().is_relative_to(home) or (
+                path.is_dir() and place.is_symlink()):
+            raise ValueError(f"{path} would be moved out of {folder} by a link; delete {new}")
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    (new / OBSOLETE).unlink(missing_ok=True)
     folders = [new]
     for path in sorted(new.rglob("*")):
         target = folder / path.relative_to(new)
@@ -247,6 +270,8 @@ def move_file(path: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
+        if target.is_symlink():  # a rename replaces the link; what it leads to is not ours
+            target.unlink()
         with atomic_write(target) as aside:
             shutil.copyfile(path, aside)
         path.unlink()

@@ -12,10 +12,12 @@ __all__ = ['Block', 'Callback', 'Row', 'prompt_blocks', 'sample_tokens', 'Feeder
 import functools
 import math
 import numbers
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
@@ -397,18 +399,28 @@ class GenerationOptions:
             check_number(name, getattr(self, name), low, *(high or [None]), numbers.Real)
 
 # %% ../../../nbs/09_generation.ipynb #22735860
+_generating: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode: no dropout, and no checkpointing of layers, which would switch
-    the cache off. A model that is in it already is left alone, so that several threads may use it."""
-    training = model.training
-    if training:
-        model.eval()
+    the cache off. Several threads may use it: the last one to leave brings training mode back."""
+    with _lock:
+        count, training = _generating.get(model, (0, model.training))
+        _generating[model] = count + 1, training
+        if model.training:
+            model.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()
+        with _lock:
+            count, training = _generating.pop(model)
+            if count > 1:
+                _generating[model] = count - 1, training
+            elif training:
+                model.train()
 
 
 @patch
