@@ -55,7 +55,7 @@ class Judge(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [B, 3, 64, 64] in [-1, 1] -> logits [B, concepts], [B, styles]."""
-        states = self.body(x)
+        states = self.body(x.to(self.style.weight.device))
         pooled = torch.cat([states.mean((2, 3)), states.amax((2, 3))], 1)
         return self.concept(self.summary(pooled)), self.style(pooled)
 
@@ -104,6 +104,5 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image]) -> tuple[torch
     """Log-probabilities of n PIL pictures: concepts float32 [n, concepts], styles float32 [n,
     styles]."""
     x = torch.stack([picture_tensor(p, 64) for p in pictures]) if len(pictures) else torch.empty(0, 3, 64, 64)
-    device = next(judge.parameters()).device
-    logits = [judge(batch.to(device)) for batch in x.split(64)]
+    logits = [judge(batch) for batch in x.split(64)]
     return tuple(torch.cat([pair[head] for pair in logits]).log_softmax(-1) for head in (0, 1))

@@ -152,8 +152,10 @@ def newest_state(folder: Path) -> tuple[Path | None, dict | None]:
     beside it are not looked at."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return path, dict(json.loads((path / "manifest.json").read_text())["state"])
-        except (OSError, ValueError, KeyError, TypeError):
+            state = json.loads((path / "manifest.json").read_text(encoding="utf8"))["state"]
+            if isinstance(state["run"], dict):
+                return path, state
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None, None
 
