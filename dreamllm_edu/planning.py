@@ -510,7 +510,6 @@ class Plan:
     def table(self) -> str:
         """A text table, one column a stage."""
         gigabytes = lambda n: f"{n / 1e9:,.2f} GB"
-        fitting = lambda s: "fits" if s.recipe_micro_batch <= s.largest else "too many"
         rows = [(item, [gigabytes(s.items[item]) for s in self.stages]) for item in self.stages[0].items]
         rows += [
             ("in all, each GPU", [gigabytes(s.total) for s in self.stages]),
