@@ -109,8 +109,11 @@ def pack(lengths: list[int], max_length: int, extra: int = 0) -> list[list[int]]
     """The `bins_of` rows that cost least, of lengths from the longest sequence to `max_length`.
 
     Every place of a row costs, filled or not; by 1 for the layers, and by attention for each place
-    that it may look at. (A thousandth is about the miniature's; larger models pay less.)"""
+    that it may look at. (A thousandth is about the miniature's; larger models pay less.) `ValueError`
+    for a document that fits no row."""
     longest = max(lengths, default=1)
+    if longest > max_length:
+        raise ValueError(f"a document of {longest} tokens does not fit a row of {max_length}; raise max_length")
     ends = {longest + length for length in lengths[len(lengths) - extra:]}
     ends |= set(range(longest, max_length + 1, max(1, (max_length - longest) // 16)))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'StageTask', 'corpora_of_run', 'PartTask', 'Stopper', 'resident_memory_mb',
-           'peak_memory_mb', 'Trainer', 'fast_attention', 'speed', 'train_part',
+           'peak_memory_mb', 'Trainer', 'unread_checksum', 'fast_attention', 'speed', 'train_part',
            'save_trained_tensors']
 
 # %% ../../nbs/19_full_scale.ipynb #a565a824
@@ -31,7 +31,7 @@ from ..documents.document import Document
 from ..documents.formats import write_jsonl
 from ..files import write_tensors
 from ..models.base import Family
-from ..parts.loading import weights_checksum
+from ..parts.loading import Unread, joined_checksum, tensor_checksum, weights_checksum
 from .batches import Batch, Steps, pack_items, step_stream
 from .checkpoint import (
     check_same_run, last_checkpoint, load_checkpoint, newest_state, restore_shares, save_checkpoint, state_shares, warn)
@@ -282,14 +282,30 @@ class Trainer:
         return trainer
 
 # %% ../../nbs/19_full_scale.ipynb #daccf3af
+def unread_checksum(model: torch.nn.Module, unread: Unread) -> int:
+    """`weights_checksum` of a model whose weights are still in their files, in float32. The processes
+    share the reading; none holds more than one tensor."""
+    (rank, world), state, first, mine = rank_and_world(), model.state_dict(keep_vars=True), {}, {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)  # tied weights have one name in the file
+    for name in [name for name in state if name not in unread.checksums][rank::world]:
+        tensor = unread.read(first[id(state[name])]) if state[name].is_meta else state[name]
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        mine[name] = tensor_checksum(tensor), tensor.nbytes
+    parts = {name: piece for part in all_gather(mine) for name, piece in part.items()}
+    return joined_checksum(list(state), [{**parts, **unread.checksums}])
+
+# %% ../../nbs/19_full_scale.ipynb #42e2acbe
 @patch
 def check_run(self: Trainer) -> None:
-    """`ValueError` if the newest checkpoint in the folder belongs to another run. Cheap: reads its
-    manifest only, so that a command can ask before hours of work."""
+    """`ValueError` if the newest checkpoint in the folder belongs to another run: its manifest is
+    read, and the starting weights that are still in their files. A command asks before hours of work."""
     path, state = newest_state(self.folder) if self.folder else (None, None)
     if path:
-        known = {key: value for key, value in self.run.items() if value is not None}
-        check_same_run(path, state, known)  # weights that are still unread are compared in `start`
+        check_same_run(path, state, {key: value for key, value in self.run.items() if value is not None})
+        if self.strategy.unread and self.run["starting weights"] is None:
+            self.run["starting weights"] = unread_checksum(self.model, self.strategy.unread)
+            check_same_run(path, state, self.run)
 
 # %% ../../nbs/19_full_scale.ipynb #2a3223af
 @patch
