@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Options', 'launcher_precision', 'launcher_settings', 'read_options', 'start_processes',
-           'check_output', 'initial_weights', 'feature_store', 'train_stage', 'train', 'record',
+           'check_outputs', 'initial_weights', 'feature_store', 'train_stage', 'train', 'record',
            'main', 'leave']
 
 # %% ../../nbs/19_full_scale.ipynb #2137fbe2
@@ -173,7 +173,7 @@ def start_processes(options: Options, settings: Settings) -> tuple["Accelerator"
     return accelerator, chosen
 
 
-def check_output(options: Options, recipe: Recipe) -> None:
+def check_outputs(options: Options, recipe: Recipe) -> None:
     """`OSError` unless everything that will be written can be: for each stage its checkpoints, the
     longest names, and what lies beside them; the features. Rank 0 asks for all."""
     if os.environ.get("RANK", "0") != "0":
@@ -232,7 +232,7 @@ def train_stage(
     options: Options, recipe: Recipe, number: int, accelerator: "Accelerator", corpora: list[Corpus], settings: Settings
 ) -> Path | None:
     """Train one stage and write its weights and report. Returns its folder, or None after --fill-cache."""
-    check_output(options, recipe)
+    check_outputs(options, recipe)
     stage = recipe.stages[number - 1]
     folder, weights = options.out / stage.name, initial_weights(options, recipe, number)
     parts = options.parts if options.scale == "mini" and not recipe.parts else recipe.parts
