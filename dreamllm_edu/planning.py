@@ -621,7 +621,7 @@ def check_cluster(gpus: int, gpu_memory: float, micro_batch: int | None, paralle
     return peak
 
 # %% ../nbs/18_planner.ipynb #d0009244
-PRECISIONS = {"no": "fp32", "bf16": "bf16"}  # the recipe's words -> the planner's
+PRECISIONS = {"auto": "bf16", "no": "fp32", "bf16": "bf16"}  # the recipe's words -> the planner's; a GPU has bfloat16
 NOT_PLANNED = {
     "deepspeed": "options of ZeRO-3; what is counted is FSDP2",
     "mixing": "with one corpus a step, steps of a corpus with fewer `documents` are shorter than planned",

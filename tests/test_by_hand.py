@@ -194,13 +194,14 @@ def test_pack_items_keeps_pictures_beside_their_blocks():
         return Item(row, f"corpus {name}", name, (0, 0), {"noise": torch.tensor([float(ord(name))])}, **tables)
 
     number = lambda x: {"targets": torch.tensor([x])}
-    items = [item("a", 100, stored=number(1.0)), item("b", 90, pixels=number(2.0)), item("c", 28, stored=number(3.0))]
-    batch = pack_items(items, SimpleNamespace(pad_token_id=0), 128, extra=[Sequence([4], [-100], [], [])])
+    items = [item("a", 100, stored=number(1.0)), item("b", 101, pixels=number(2.0)), item("c", 28, stored=number(3.0))]
+    layout = SimpleNamespace(pad_token_id=0, max_length=128)
+    batch = pack_items(items, layout, 128, extra=[Sequence([4], [-100], [], [])])
     assert batch.names == ["a", "c", "b"] and batch.corpus_of_picture == ["corpus a", "corpus c", "corpus b"]
     assert batch.random["noise"].tolist() == [97, 99, 98] and batch.corpus_of_token == batch.corpus_of_picture
     encoded = torch.cat([batch.stored["targets"], batch.pixels["targets"]])
     assert encoded[batch.places["targets"]].tolist() == [1, 3, 2]
-    assert batch.input_ids[1, 90] == 4, "the extra sequence comes last"
+    assert batch.input_ids[1, 101] == 4, "the extra sequence comes last"
 
 
 def test_lanes_and_shards():

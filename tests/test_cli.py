@@ -2,7 +2,6 @@
 place wherever that is enough."""
 
 import ast
-import inspect
 import io
 import json
 import os
@@ -34,6 +33,7 @@ from dreamllm_edu.app.cli import main, parser
 from dreamllm_edu.documents.document import Document
 from dreamllm_edu.documents.formats import document_from_markdown, read_jsonl, write_jsonl
 from dreamllm_edu.files import write_tensors
+from dreamllm_edu.models.dreamllm.generation import GenerationOptions
 from dreamllm_edu.models.dreamllm.model import DreamLLM
 from dreamllm_edu.models.dreamllm.pipeline import DreamLLMPipeline
 from dreamllm_edu.models.dreamllm.processor import DreamLLMProcessor
@@ -172,9 +172,9 @@ def test_wrong_usage_of_train(arguments, word, capsys, tmp_path, monkeypatch):
 def test_defaults_are_the_documented_ones():
     args = parser().parse_args(["generate", "-"])
     assert (args.model, args.seed) == ("mini", 0)
-    own = inspect.signature(dreamllm_edu.models.dreamllm.DreamLLM.generate).parameters
+    own = GenerationOptions()
     for name in ("max_new_tokens", "max_pictures", "temperature", "top_p", "guidance_scale", "num_inference_steps"):
-        assert getattr(args, name) == own[name].default, f"--{name} differs from model.generate"
+        assert getattr(args, name) == getattr(own, name), f"--{name} differs from model.generate"
 
 
 # ---------------------------------------------------------------- generate

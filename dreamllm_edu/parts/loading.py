@@ -114,7 +114,7 @@ def parts_folder(parts: Path | str | None = None, needed: tuple[str, ...] = tupl
 
 # %% ../../nbs/A4_loading.ipynb #337658df
 def tensor_checksum(tensor: torch.Tensor, before: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, going on from the CRC-32 of what comes `before`."""
+    """CRC-32 of the bytes of a tensor [...], going on from the CRC-32 of what comes `before`."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
     return zlib.crc32(plain.view(torch.uint8).numpy(), before)
 
@@ -147,7 +147,7 @@ class DrawnLater(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def dropped(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the same shape and dtype whose numbers are never read."""
+        """For a tensor [...] one of the same shape and dtype whose numbers are never read."""
         if self.scratch.dtype != tensor.dtype or self.scratch.numel() < tensor.numel():
             self.scratch = torch.empty(tensor.numel(), dtype=tensor.dtype)
         return self.scratch[: tensor.numel()].view(tensor.shape)
@@ -165,7 +165,8 @@ class DrawnLater(TorchDispatchMode):
 def replace_parameters(
     module: torch.nn.Module, make: Callable[[torch.nn.Parameter], torch.Tensor | None]
 ) -> None:
-    """Put what `make` gives in the place of each parameter, None: nothing. Tied parameters stay tied."""
+    """Put what `make` gives for a parameter [...] in its place, None: nothing. Tied parameters stay
+    tied."""
     made = {}
     for child in module.modules():
         for name, p in child._parameters.items():

@@ -128,7 +128,7 @@ def pack_items(items: list[Item], layout: Layout, max_length: int, extra: list[S
     """A `Batch` of any number of documents, also none, and of the sequences `extra` behind them."""
     rows = [item.row for item in items] + list(extra)
     lengths = [len(row.input_ids) for row in rows]
-    bins = pack(lengths, max_length, len(extra))
+    bins = pack(lengths, min(max_length, layout.max_length), len(extra))
     laid = [items[i] for b in bins for i in b if i < len(items)]  # pictures go in the order of their blocks
     return Batch(
         **packed_rows(rows, bins, layout.pad_token_id),

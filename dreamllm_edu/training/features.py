@@ -9,6 +9,7 @@ __all__ = ['FeatureStore', 'view_key', 'encode_views', 'StoreFiller', 'row_of', 
 # %% ../../nbs/19_full_scale.ipynb #f5d72dab
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -44,9 +45,10 @@ class FeatureStore:
                           "primary key (kind, key)) without rowid")
 
     def connect(self) -> sqlite3.Connection:
-        """The index of this process: a connection must not be carried over a fork."""
-        if self.process != os.getpid():
-            self.index, self.process = sqlite3.connect(self.path, timeout=60), os.getpid()
+        """The index of this process and thread: a connection is neither carried over a fork nor shared."""
+        here = os.getpid(), threading.get_ident()
+        if self.process != here:
+            self.index, self.process = sqlite3.connect(self.path, timeout=60), here
             self.files = {} if not self.resident else self.files
         return self.index
 

@@ -60,6 +60,7 @@ class Log:
 # %% ../../nbs/19_full_scale.ipynb #1584941c
 PEAK_TFLOPS = {  # CUDA's name of a GPU, as a pattern -> dense bfloat16, from the makers' data sheets
     r"\bA[18]00[- ]": 312, r"\bH100 80GB HBM3$": 989, r"\bH100 PCIe$": 756, r"\bH200$": 989, r"\bRTX 4090$": 165,
+    r"\bL4$": 121,
 }
 
 

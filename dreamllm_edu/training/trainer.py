@@ -403,7 +403,8 @@ def step(self: Trainer, step: int, batches: list) -> dict[str, float]:
     for group in self.optimizer.param_groups:
         group["lr"] = learning_rate_at(step, self.steps, self.learning_rate, self.warmup)
     self.strategy.zero_grad()
-    with torch.random.fork_rng():  # for what draws by itself, such as LoRA's dropout
+    device = next(self.model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for LoRA's dropout and the like
         torch.manual_seed(self.settings.seed * 1_000_003 + step * world + rank)
         sums, finite = self.gradients(batches)
     losses, all_finite = self.mean_losses(sums), all_reduce(float(not finite)) == 0
