@@ -19,7 +19,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 300  # seconds a notebook may take where other work shares the cores; alone each takes less than 180
+LIMIT = 180  # seconds a notebook may take
 
 
 def tidy(notebook):

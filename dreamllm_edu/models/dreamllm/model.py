@@ -120,7 +120,7 @@ class DreamLLM(PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """So transformers gives the model a `generation_config`, and saves it."""
+        """Always true: transformers then gives the model a `generation_config`, and saves it."""
         return True
 
     def _init_weights(self, module: torch.nn.Module) -> None:
